@@ -1,0 +1,75 @@
+"""Quantized modules, quantizers and quantized functionals; every name is loaded on first use."""
+
+import importlib
+from typing import Any
+
+_SUBMODULES = ("functional", "module", "quantizer", "conversion")
+
+_LAYERS = {
+    "linear": ("QuantizedLinear",),
+    "conv": (
+        "QuantizedConv1d",
+        "QuantizedConv2d",
+        "QuantizedConv3d",
+        "QuantizedConvTranspose1d",
+        "QuantizedConvTranspose2d",
+        "QuantizedConvTranspose3d",
+    ),
+    "embedding": ("QuantizedEmbedding", "QuantizedEmbeddingBag"),
+    "norm": (
+        "QuantizedLayerNorm",
+        "QuantizedRMSNorm",
+        "QuantizedBatchNorm1d",
+        "QuantizedBatchNorm2d",
+        "QuantizedBatchNorm3d",
+    ),
+    "activation": (
+        "QuantizedReLU",
+        "QuantizedReLU6",
+        "QuantizedGELU",
+        "QuantizedSiLU",
+        "QuantizedSigmoid",
+        "QuantizedTanh",
+        "QuantizedHardswish",
+        "QuantizedHardsigmoid",
+        "QuantizedLeakyReLU",
+        "QuantizedELU",
+        "QuantizedSoftmax",
+    ),
+}
+
+_NAMES = {
+    "QuantizedModule": "module",
+    "quantized_module_map": "module",
+    "quantize_model": "conversion",
+    "dequantize_model": "conversion",
+    "quantized": "conversion",
+    "SKIP_QUANTIZATION": "conversion",
+    "Quantizer": "quantizer",
+    "QuantizerStub": "quantizer",
+    "QuantizerMetadata": "quantizer",
+    "OverrideHandle": "quantizer",
+    "LinearQuantizer": "linear_quantizer",
+    "Float8Quantizer": "float8_quantizer",
+    "DynamicLinearQuantizer": "dynamic_quantizer",
+    "disable_quantization": "switching",
+    "enable_quantization": "switching",
+    **{name: module for module, names in _LAYERS.items() for name in names},
+}
+
+__all__ = sorted([*_SUBMODULES, *_NAMES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
