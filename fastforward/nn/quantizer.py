@@ -1,0 +1,316 @@
+"""Quantizers and their placeholders: what stands at a site.
+
+A quantizer takes a tensor and returns an ordinary tensor of the same type whose values lie on its grid. A stub
+returns what it is given. Both carry metadata that says what the site is, so that schemes can choose.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastforward.exceptions import CalibrationError, QuantizationError
+
+if TYPE_CHECKING:
+    from fastforward.quantization.tensor import QuantizedTensor
+
+WEIGHT = "parameter/weight"
+BIAS = "parameter/bias"
+INPUT = "activation/input"
+OUTPUT = "activation/output"
+
+_Q = TypeVar("_Q", bound="Quantizer")
+Override = Callable[["Quantizer", Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+class Recorder(Protocol):
+    """Is told of every call of a quantizer or stub with a floating tensor, while it is the active recorder."""
+
+    def record(self, quantizer: "Quantizer", tensor_in: Tensor, tensor_out: Tensor) -> None: ...
+
+
+recorder: Recorder | None = None
+"""The active recorder; a plain module global, because every stub looks at it on every call."""
+
+
+@contextlib.contextmanager
+def recording(active: Recorder) -> Iterator[Recorder]:
+    """Make ``active`` the recorder for the block."""
+    global recorder  # noqa: PLW0603
+    previous, recorder = recorder, active
+    try:
+        yield active
+    finally:
+        recorder = previous
+
+
+@dataclasses.dataclass(slots=True)
+class QuantizerMetadata:
+    """What a site is.
+
+    Attributes:
+        tags: roles, as hierarchical strings such as ``"parameter/weight"``; ``"parameter" in metadata`` holds then too.
+        operator: name of the operator that uses or yields the value.
+        argument: name of the operand in that operator's schema.
+        file: source file of the site.
+        line: line in that file.
+        bits: number of bits that a pragma in the source asks for.
+    """
+
+    tags: tuple[str, ...] = ()
+    operator: str | None = None
+    argument: str | None = None
+    file: str | None = None
+    line: int | None = None
+    bits: int | None = None
+
+    def __contains__(self, tag: str) -> bool:
+        return any(own == tag or own.startswith(tag + "/") for own in self.tags)
+
+    def add_tag(self, tag: str) -> None:
+        """Add a role; its ancestors hold with it."""
+        if tag not in self.tags:
+            self.tags = (*self.tags, tag)
+
+    def is_extension(self, other: "QuantizerMetadata") -> bool:
+        """Return whether every role of ``other`` holds here too."""
+        return all(tag in self for tag in other.tags)
+
+    @property
+    def parameter_quantizer(self) -> bool:
+        return "parameter" in self
+
+    @property
+    def weight_quantizer(self) -> bool:
+        return WEIGHT in self
+
+    @property
+    def bias_quantizer(self) -> bool:
+        return BIAS in self
+
+    @property
+    def activation_quantizer(self) -> bool:
+        return "activation" in self
+
+    @property
+    def input_quantizer(self) -> bool:
+        return INPUT in self
+
+    @property
+    def output_quantizer(self) -> bool:
+        return OUTPUT in self
+
+    def describe(self) -> str:
+        """Return words for an error message: role, operator, file and line, as far as they are known."""
+        words = [", ".join(self.tags)] if self.tags else []
+        if self.operator is not None:
+            words.append(f"of {self.operator}" + (f"({self.argument})" if self.argument else ""))
+        if self.file is not None:
+            words.append(f"at {self.file}:{self.line}")
+        return " ".join(words) or "without metadata"
+
+
+class OverrideHandle:
+    """Removes an override when asked to, or at the end of a ``with`` block."""
+
+    def __init__(self, quantizer: "Quantizer", key: int) -> None:
+        self._quantizer = quantizer
+        self._key = key
+
+    def remove(self) -> None:
+        """Remove the override; doing so twice is harmless."""
+        self._quantizer.remove_override(self._key)
+
+    def __enter__(self) -> "OverrideHandle":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+
+# A model has thousands of stubs. Filling an instance's dictionary from that of one module costs a third of
+# nn.Module.__init__, which goes through __setattr__ for every entry.
+_BLANK = torch.nn.Module().__dict__
+_PLAIN = {name: value for name, value in _BLANK.items() if not isinstance(value, (dict, set))}
+_FRESH = tuple((name, type(value)) for name, value in _BLANK.items() if isinstance(value, (dict, set)))
+
+
+class Quantizer(torch.nn.Module):
+    """Base of all quantizers.
+
+    A subclass defines ``simulate`` and, if it can yield stored integers, ``quantize``. Anything that is not a
+    floating tensor passes through untouched, so a quantizer at a place that now and then sees an index or a list
+    costs a call and never an exception.
+    """
+
+    quant_metadata: QuantizerMetadata
+    _overrides: dict[int, Override]
+    _owner_changed: Callable[[], None] | None
+    """Bound method of the owning module, called when overrides come or go; set by the owner."""
+
+    def __init__(self, metadata: QuantizerMetadata | None = None) -> None:
+        state = self.__dict__
+        state.update(_PLAIN)
+        for name, kind in _FRESH:
+            state[name] = kind()
+        state["quant_metadata"] = QuantizerMetadata() if metadata is None else metadata
+        state["_overrides"] = {}
+        state["_owner_changed"] = None
+
+    @classmethod
+    def factory(cls: type[_Q], *args: Any, **kwargs: Any) -> Callable[[str, "Quantizer"], _Q]:
+        """Return a function ``(full name, current quantizer) -> new quantizer`` that keeps the metadata."""
+
+        def make(name: str, current: "Quantizer") -> _Q:
+            del name
+            made = cls(*args, **kwargs)
+            made.quant_metadata = current.quant_metadata
+            return made
+
+        return make
+
+    def is_stub(self) -> bool:
+        """Return whether this is only a placeholder."""
+        return False
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the quantizer has what it needs to run."""
+        return True
+
+    @property
+    def overrides(self) -> tuple[Override, ...]:
+        """The overrides, first registered first."""
+        return tuple(self._overrides.values())
+
+    def forward(self, x: Any) -> Any:
+        """Return ``x`` on the grid; what is not a floating tensor is returned as it is."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        if recorder is not None or self._overrides:
+            return self._observed(x)
+        return self.simulate(x)
+
+    def simulate(self, x: Tensor) -> Tensor:
+        """Return a plain tensor of the same shape and dtype whose values lie on the grid."""
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor) -> "QuantizedTensor":
+        """Return ``x`` as stored integers with scale and zero point."""
+        msg = f"{type(self).__name__} has no stored form"
+        raise QuantizationError(msg)
+
+    def _observed(self, x: Tensor) -> Tensor:
+        call: Callable[..., Tensor] = self.simulate
+        for override in self._overrides.values():
+            call = _overridden(self, override, call)
+        out = call(x)
+        if recorder is not None:
+            recorder.record(self, x, out)
+        return out
+
+    def register_override(self, override: Override) -> OverrideHandle:
+        """Put ``override`` in front of what the quantizer does.
+
+        It is called as ``override(quantizer, overridden_fn, args, kwargs)`` and returns a tensor; calling
+        ``overridden_fn`` goes on to the override registered before it, at last to the quantizer itself.
+        """
+        key = next(_keys)
+        self._overrides[key] = override
+        self._notify()
+        return OverrideHandle(self, key)
+
+    def remove_override(self, key: int) -> None:
+        """Remove the override with this key, if it is still there."""
+        if self._overrides.pop(key, None) is not None:
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._owner_changed is not None:
+            self._owner_changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._overrides:
+            msg = (
+                f"a quantizer with overrides cannot be copied or saved ({self.quant_metadata.describe()}): leave the "
+                "'with' block that observes or disables it first"
+            )
+            raise QuantizationError(msg)
+        return self.__dict__.copy()
+
+    def __deepcopy__(self: _Q, memo: dict[int, Any]) -> _Q:
+        state = self.__getstate__()
+        owner = getattr(self._owner_changed, "__self__", None)
+        if id(owner) not in memo:  # copied on its own: the copy has no owner, and must not bring the model along
+            state["_owner_changed"] = None
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(state, memo))
+        return new
+
+    def _uncalibrated(self) -> CalibrationError:
+        msg = (
+            f"{type(self).__name__} {self.quant_metadata.describe()} is used before its range is known: run data "
+            "inside 'with ff.estimate_ranges(model, ff.observers.MinMax):', or set its quantization_range"
+        )
+        return CalibrationError(msg)
+
+
+class QuantizerStub(Quantizer):
+    """The placeholder at a site: returns whatever it is given.
+
+    Args:
+        tags: roles of the site.
+        weight_quantizer: the site is a weight; likewise ``bias_quantizer``, ``input_quantizer``, ``output_quantizer``.
+        metadata: everything known about the site; the other arguments are then added to it.
+    """
+
+    def __init__(
+        self,
+        *tags: str,
+        weight_quantizer: bool = False,
+        bias_quantizer: bool = False,
+        input_quantizer: bool = False,
+        output_quantizer: bool = False,
+        metadata: QuantizerMetadata | None = None,
+    ) -> None:
+        super().__init__(metadata)
+        if weight_quantizer:
+            tags += (WEIGHT,)
+        if bias_quantizer:
+            tags += (BIAS,)
+        if input_quantizer:
+            tags += (INPUT,)
+        if output_quantizer:
+            tags += (OUTPUT,)
+        for tag in tags:
+            self.quant_metadata.add_tag(tag)
+
+    def is_stub(self) -> bool:
+        return True
+
+    def forward(self, x: Any) -> Any:
+        if (recorder is not None or self._overrides) and isinstance(x, Tensor) and x.is_floating_point():
+            return self._observed(x)
+        return x
+
+    def simulate(self, x: Tensor) -> Tensor:
+        return x
+
+    def extra_repr(self) -> str:
+        return ", ".join(repr(tag) for tag in self.quant_metadata.tags)
+
+
+def _overridden(quantizer: Quantizer, override: Override, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return override(quantizer, inner, args, kwargs)
+
+    return call
+
+
+_keys = itertools.count()
