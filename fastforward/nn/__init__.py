@@ -19,6 +19,7 @@ _LAYERS = {
     "norm": (
         "QuantizedLayerNorm",
         "QuantizedRMSNorm",
+        "QuantizedGroupNorm",
         "QuantizedBatchNorm1d",
         "QuantizedBatchNorm2d",
         "QuantizedBatchNorm3d",
@@ -28,6 +29,8 @@ _LAYERS = {
         "QuantizedReLU6",
         "QuantizedGELU",
         "QuantizedSiLU",
+        "QuantizedMish",
+        "QuantizedHardtanh",
         "QuantizedSigmoid",
         "QuantizedTanh",
         "QuantizedHardswish",
@@ -35,6 +38,13 @@ _LAYERS = {
         "QuantizedLeakyReLU",
         "QuantizedELU",
         "QuantizedSoftmax",
+    ),
+    "pooling": (
+        "QuantizedAvgPool1d",
+        "QuantizedAvgPool2d",
+        "QuantizedAvgPool3d",
+        "QuantizedAdaptiveAvgPool1d",
+        "QuantizedAdaptiveAvgPool2d",
     ),
 }
 

@@ -1,0 +1,37 @@
+"""QuantizedLinear: ``torch.nn.Linear`` with a quantizer for each operand and for the output."""
+
+import torch
+
+from fastforward.nn.module import QuantizedModule
+from fastforward.nn.operands import SimulatedWeight, add_operand_stubs, quantize_parameter
+
+
+class QuantizedLinear(QuantizedModule, torch.nn.Linear):
+    """Linear layer, ``y = x W^T + b``, on quantized operands.
+
+    Attributes:
+        input_quantizer, weight_quantizer, bias_quantizer, output_quantizer: Stubs until replaced;
+            ``bias_quantizer`` is ``None`` in a layer without bias.
+        smoothing: ``None``, or a float tensor of shape ``[in_features]``. The input is divided by it and the columns of
+            the weight are multiplied by it before either is quantized, which moves outliers from activations to
+            weights (Xiao et al., "SmoothQuant", 2023, equation 3). With stubs only it has no effect.
+    """
+
+    smoothing: torch.Tensor | None
+
+    def __init_quantization__(self) -> None:
+        super().__init_quantization__()
+        add_operand_stubs(self, "linear", ("input", "weight", "bias", "output"))
+        self.register_buffer("smoothing", None)
+        self._simulated_weight = SimulatedWeight()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        if self._float_only:
+            return super().forward(input)
+        smoothing = self.smoothing
+        x = input if smoothing is None else input / smoothing
+        x = self.input_quantizer(x)
+        weight = self._simulated_weight.get(self.weight_quantizer, self.weight, smoothing)
+        bias = quantize_parameter(self.bias_quantizer, self.bias)
+        return self.output_quantizer(torch.nn.functional.linear(x, weight, bias))

@@ -1,0 +1,106 @@
+"""Quantized normalization layers."""
+
+import torch
+
+from fastforward.nn.module import QuantizedModule
+from fastforward.nn.operands import add_operand_stubs, quantize_parameter
+
+
+class QuantizedLayerNorm(QuantizedModule, torch.nn.LayerNorm):
+    """``torch.nn.LayerNorm`` with ``input_``, ``weight_``, ``bias_`` and ``output_quantizer``."""
+
+    def __init_quantization__(self) -> None:
+        super().__init_quantization__()
+        add_operand_stubs(self, "layer_norm", ("input", "weight", "bias", "output"))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize over the last ``len(normalized_shape)`` dimensions."""
+        if self._float_only:
+            return super().forward(input)
+        weight = quantize_parameter(self.weight_quantizer, self.weight)
+        bias = quantize_parameter(self.bias_quantizer, self.bias)
+        x = self.input_quantizer(input)
+        y = torch.nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return self.output_quantizer(y)
+
+
+class QuantizedRMSNorm(QuantizedModule, torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` with ``input_``, ``weight_`` and ``output_quantizer``."""
+
+    def __init_quantization__(self) -> None:
+        super().__init_quantization__()
+        add_operand_stubs(self, "rms_norm", ("input", "weight", "output"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Divide by the root mean square over the last ``len(normalized_shape)`` dimensions."""
+        if self._float_only:
+            return super().forward(x)
+        weight = quantize_parameter(self.weight_quantizer, self.weight)
+        y = torch.nn.functional.rms_norm(self.input_quantizer(x), self.normalized_shape, weight, self.eps)
+        return self.output_quantizer(y)
+
+
+class QuantizedGroupNorm(QuantizedModule, torch.nn.GroupNorm):
+    """``torch.nn.GroupNorm`` with ``input_``, ``weight_``, ``bias_`` and ``output_quantizer``."""
+
+    def __init_quantization__(self) -> None:
+        super().__init_quantization__()
+        add_operand_stubs(self, "group_norm", ("input", "weight", "bias", "output"))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize ``[batch, channels, *]`` over groups of channels."""
+        if self._float_only:
+            return super().forward(input)
+        weight = quantize_parameter(self.weight_quantizer, self.weight)
+        bias = quantize_parameter(self.bias_quantizer, self.bias)
+        x = self.input_quantizer(input)
+        return self.output_quantizer(torch.nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps))
+
+
+class _QuantizedBatchNorm(QuantizedModule, include_in_module_map=False):
+    """Batch normalization; running statistics are updated from the quantized input, as in the float class."""
+
+    def __init_quantization__(self) -> None:
+        super().__init_quantization__()
+        add_operand_stubs(self, "batch_norm", ("input", "weight", "bias", "output"))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize each channel of ``[batch, channels, *]``."""
+        if self._float_only:
+            return super().forward(input)
+        self._check_input_dim(input)
+        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
+        momentum = self._advance_momentum()
+        keeps = not self.training or self.track_running_stats
+        y = torch.nn.functional.batch_norm(
+            self.input_quantizer(input),
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            quantize_parameter(self.weight_quantizer, self.weight),
+            quantize_parameter(self.bias_quantizer, self.bias),
+            batch_statistics,
+            momentum,
+            self.eps,
+        )
+        return self.output_quantizer(y)
+
+    def _advance_momentum(self) -> float:
+        """Count this batch while training and return the weight it gets in the running statistics."""
+        counting = self.training and self.track_running_stats and self.num_batches_tracked is not None
+        if counting:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return float(self.momentum)
+        return 1.0 / float(self.num_batches_tracked) if counting else 0.0
+
+
+class QuantizedBatchNorm1d(_QuantizedBatchNorm, torch.nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` with ``input_``, ``weight_``, ``bias_`` and ``output_quantizer``."""
+
+
+class QuantizedBatchNorm2d(_QuantizedBatchNorm, torch.nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` with ``input_``, ``weight_``, ``bias_`` and ``output_quantizer``."""
+
+
+class QuantizedBatchNorm3d(_QuantizedBatchNorm, torch.nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` with ``input_``, ``weight_``, ``bias_`` and ``output_quantizer``."""
