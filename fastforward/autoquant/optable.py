@@ -400,7 +400,8 @@ def _read_rows(path: Path, *, check: bool) -> list[Operator]:
     # In the layout that every table has, a row starts a line with a dash.
     lines = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("-")]
     if len(lines) != len(rows):
-        lines = [node.start_mark.line + 1 for node in yaml.compose(text, Loader=loader).value]
+        sequence = yaml.compose(text, Loader=loader)
+        lines = [node.start_mark.line + 1 for node in sequence.value] if sequence else []
     operators, errors = [], []
     for row, line in zip(rows, lines, strict=True):
         try:
@@ -423,10 +424,10 @@ def _operator_of_row(row: object, path: str, line: int, check: bool) -> Operator
     if unknown := row.keys() - _ROW_FIELDS:
         msg = f"unknown fields {sorted(unknown)}; known are {sorted(_ROW_FIELDS)}"
         raise ValueError(msg)
-    fields = {name: tuple(row[name]) for name in _ROW_LISTS if name in row}
-    plain = {name: row[name] for name in ("kind", "axes", "decompose", "cast_output") if name in row}
+    fields: dict[str, Any] = {name: tuple(row[name]) for name in _ROW_LISTS if name in row}
+    fields |= {name: row[name] for name in ("kind", "axes", "decompose", "cast_output") if name in row}
     spec, fallback = row["op"], row["fallback"]
-    operator = Operator(spec, fallback, **fields, **plain, specification_file=path, line_number=line)
+    operator = Operator(spec, fallback, **fields, specification_file=path, line_number=line)
     if check:
         _check(operator)
     return operator
