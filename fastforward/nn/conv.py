@@ -6,6 +6,7 @@ import torch
 
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.operands import SimulatedWeight, add_operand_stubs, quantize_parameter
+from fastforward.nn.quantizer import Quantizer
 
 _ROLES = ("input", "weight", "bias", "output")
 
@@ -13,6 +14,12 @@ _ROLES = ("input", "weight", "bias", "output")
 class _QuantizedConv(QuantizedModule, include_in_module_map=False):
     """Operands of a convolution; the subclasses add the float class."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer
+    bias_quantizer: Quantizer | None
+    output_quantizer: Quantizer
     _operator = ""
 
     def __init_quantization__(self) -> None:
@@ -27,7 +34,9 @@ class _QuantizedConv(QuantizedModule, include_in_module_map=False):
 
 
 class _QuantizedForwardConv(_QuantizedConv, include_in_module_map=False):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    _conv_forward: Any
+
+    def forward(self, input: torch.Tensor) -> Any:
         """Convolve ``[batch, in_channels, *size]``; the padding mode is applied to the quantized input."""
         if self._float_only:
             return super().forward(input)
@@ -55,8 +64,15 @@ class QuantizedConv3d(_QuantizedForwardConv, torch.nn.Conv3d):
 
 class _QuantizedTransposedConv(_QuantizedConv, include_in_module_map=False):
     _functional: Any = None
+    _output_padding: Any
+    stride: tuple[int, ...]
+    padding: Any
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Any
 
-    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> Any:
         """Convolve transposed; ``output_size`` picks the padding of the output as in torch."""
         if self._float_only or self.padding_mode != "zeros":
             return super().forward(input, output_size)

@@ -4,9 +4,15 @@ import torch
 
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.operands import SimulatedWeight, add_operand_stubs
+from fastforward.nn.quantizer import Quantizer
 
 
 class _QuantizedTable(QuantizedModule, include_in_module_map=False):
+    weight: torch.Tensor
+    max_norm: float | None
+    norm_type: float
+    weight_quantizer: Quantizer
+    output_quantizer: Quantizer
     _operator = ""
 
     def __init_quantization__(self) -> None:
@@ -35,7 +41,8 @@ class QuantizedEmbedding(_QuantizedTable, torch.nn.Embedding):
         y = torch.nn.functional.embedding(
             input, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
-        return self.output_quantizer(y)
+        output: torch.Tensor = self.output_quantizer(y)
+        return output
 
 
 class QuantizedEmbeddingBag(_QuantizedTable, torch.nn.EmbeddingBag):
@@ -66,4 +73,5 @@ class QuantizedEmbeddingBag(_QuantizedTable, torch.nn.EmbeddingBag):
             self.include_last_offset,
             self.padding_idx,
         )
-        return self.output_quantizer(y)
+        output: torch.Tensor = self.output_quantizer(y)
+        return output

@@ -4,6 +4,7 @@ import torch
 
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.operands import SimulatedWeight, add_operand_stubs, quantize_parameter
+from fastforward.nn.quantizer import Quantizer
 
 
 class QuantizedLinear(QuantizedModule, torch.nn.Linear):
@@ -17,6 +18,10 @@ class QuantizedLinear(QuantizedModule, torch.nn.Linear):
             weights (Xiao et al., "SmoothQuant", 2023, equation 3). With stubs only it has no effect.
     """
 
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer
+    bias_quantizer: Quantizer | None
+    output_quantizer: Quantizer
     smoothing: torch.Tensor | None
 
     def __init_quantization__(self) -> None:
@@ -34,4 +39,5 @@ class QuantizedLinear(QuantizedModule, torch.nn.Linear):
         x = self.input_quantizer(x)
         weight = self._simulated_weight.get(self.weight_quantizer, self.weight, smoothing)
         bias = quantize_parameter(self.bias_quantizer, self.bias)
-        return self.output_quantizer(torch.nn.functional.linear(x, weight, bias))
+        y: torch.Tensor = self.output_quantizer(torch.nn.functional.linear(x, weight, bias))
+        return y

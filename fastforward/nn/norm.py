@@ -1,19 +1,27 @@
 """Quantized normalization layers."""
 
+from typing import Any
+
 import torch
 
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.operands import add_operand_stubs, quantize_parameter
+from fastforward.nn.quantizer import Quantizer
 
 
 class QuantizedLayerNorm(QuantizedModule, torch.nn.LayerNorm):
     """``torch.nn.LayerNorm`` with ``input_``, ``weight_``, ``bias_`` and ``output_quantizer``."""
 
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer | None
+    bias_quantizer: Quantizer | None
+    output_quantizer: Quantizer
+
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
         add_operand_stubs(self, "layer_norm", ("input", "weight", "bias", "output"))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> Any:
         """Normalize over the last ``len(normalized_shape)`` dimensions."""
         if self._float_only:
             return super().forward(input)
@@ -27,11 +35,15 @@ class QuantizedLayerNorm(QuantizedModule, torch.nn.LayerNorm):
 class QuantizedRMSNorm(QuantizedModule, torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` with ``input_``, ``weight_`` and ``output_quantizer``."""
 
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer | None
+    output_quantizer: Quantizer
+
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
         add_operand_stubs(self, "rms_norm", ("input", "weight", "output"))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         """Divide by the root mean square over the last ``len(normalized_shape)`` dimensions."""
         if self._float_only:
             return super().forward(x)
@@ -43,11 +55,16 @@ class QuantizedRMSNorm(QuantizedModule, torch.nn.RMSNorm):
 class QuantizedGroupNorm(QuantizedModule, torch.nn.GroupNorm):
     """``torch.nn.GroupNorm`` with ``input_``, ``weight_``, ``bias_`` and ``output_quantizer``."""
 
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer | None
+    bias_quantizer: Quantizer | None
+    output_quantizer: Quantizer
+
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
         add_operand_stubs(self, "group_norm", ("input", "weight", "bias", "output"))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> Any:
         """Normalize ``[batch, channels, *]`` over groups of channels."""
         if self._float_only:
             return super().forward(input)
@@ -60,11 +77,25 @@ class QuantizedGroupNorm(QuantizedModule, torch.nn.GroupNorm):
 class _QuantizedBatchNorm(QuantizedModule, include_in_module_map=False):
     """Batch normalization; running statistics are updated from the quantized input, as in the float class."""
 
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer | None
+    bias_quantizer: Quantizer | None
+    output_quantizer: Quantizer
+    weight: Any
+    bias: Any
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    num_batches_tracked: torch.Tensor | None
+    track_running_stats: bool
+    momentum: float | None
+    eps: float
+    _check_input_dim: Any
+
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
         add_operand_stubs(self, "batch_norm", ("input", "weight", "bias", "output"))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> Any:
         """Normalize each channel of ``[batch, channels, *]``."""
         if self._float_only:
             return super().forward(input)
@@ -86,12 +117,12 @@ class _QuantizedBatchNorm(QuantizedModule, include_in_module_map=False):
 
     def _advance_momentum(self) -> float:
         """Count this batch while training and return the weight it gets in the running statistics."""
-        counting = self.training and self.track_running_stats and self.num_batches_tracked is not None
-        if counting:
-            self.num_batches_tracked.add_(1)
+        count = self.num_batches_tracked if self.training and self.track_running_stats else None
+        if count is not None:
+            count.add_(1)
         if self.momentum is not None:
-            return float(self.momentum)
-        return 1.0 / float(self.num_batches_tracked) if counting else 0.0
+            return self.momentum
+        return 0.0 if count is None else 1.0 / float(count)
 
 
 class QuantizedBatchNorm1d(_QuantizedBatchNorm, torch.nn.BatchNorm1d):

@@ -60,11 +60,13 @@ class SimulatedWeight:
     def get(self, quantizer: Quantizer, weight: torch.Tensor, smoothing: torch.Tensor | None = None) -> torch.Tensor:
         """``quantizer(weight * smoothing)``, from the cache where that cannot be told from computing it again."""
         if not _cacheable(quantizer, weight):
-            return quantizer(_smoothed(weight, smoothing))
+            simulated: torch.Tensor = quantizer(_smoothed(weight, smoothing))
+            return simulated
         key = _fingerprint(quantizer, weight, smoothing)
         if self._value is None or not _same(key, self._key):
-            self._value = quantizer(_smoothed(weight, smoothing))
-            self._key = key
+            simulated = quantizer(_smoothed(weight, smoothing))
+            self._key, self._value = key, simulated
+            return simulated
         return self._value
 
 

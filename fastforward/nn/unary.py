@@ -6,6 +6,7 @@ import torch
 
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.operands import add_operand_stubs
+from fastforward.nn.quantizer import Quantizer
 
 
 class QuantizedUnary(QuantizedModule, include_in_module_map=False):
@@ -14,6 +15,8 @@ class QuantizedUnary(QuantizedModule, include_in_module_map=False):
     A subclass names the float class as its second base and, in ``_operator``, the row of the operator table.
     """
 
+    input_quantizer: Quantizer
+    output_quantizer: Quantizer
     _operator = ""
 
     def __init_quantization__(self) -> None:
