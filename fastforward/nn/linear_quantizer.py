@@ -1,18 +1,16 @@
 """The affine quantizer: 1 to 16 bits, one scale per tensor, channel, group, block or tile."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastforward.exceptions import CalibrationError
+from fastforward.nn.lazy_buffers import LazyBuffers
 from fastforward.nn.quantizer import Quantizer, QuantizerMetadata
 from fastforward.quantization import affine
 from fastforward.quantization.granularity import Granularity, PerTensor
 
 
-class LinearQuantizer(Quantizer):
+class LinearQuantizer(LazyBuffers, Quantizer):
     """Rounds to ``num_bits`` integers with a fixed scale and zero point.
 
     Args:
@@ -72,7 +70,10 @@ class LinearQuantizer(Quantizer):
 
     @property
     def quantization_range(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value on the grid; setting a pair ``(min, max)`` of tensors or numbers sets scale and zero point."""
+        """Smallest and largest value on the grid, float32.
+
+        Setting a pair ``(min, max)`` of tensors or numbers sets scale and zero point.
+        """
         if not self.is_calibrated:
             raise self._uncalibrated()
         return self.grid.range_for_parameters(self.scale, self.rounded_zero_point())
@@ -85,12 +86,15 @@ class LinearQuantizer(Quantizer):
     def parameters_for_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point for a range; one that is not finite or upside down raises CalibrationError."""
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all() & (low <= high).all()):
-            msg = f"range {low} to {high} of {self.quant_metadata.describe()} is not finite, or its minimum exceeds its maximum"
+            msg = (
+                f"range {low} to {high} of {self.quant_metadata.describe()} is not finite, or its minimum exceeds "
+                "its maximum"
+            )
             raise CalibrationError(msg)
         return self.grid.parameters_for_range(low, high)
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Take over a scale (float) and zero point (integer; middle of the grid by default), shaped as the granularity asks."""
+        """Take over a scale and a zero point (by default the middle of the grid), shaped as the granularity asks."""
         scale = scale.detach().to(torch.float32)
         middle = self.grid.middle if zero_point is None else zero_point
         zero_point = torch.as_tensor(middle, device=scale.device).detach().expand(scale.shape)
@@ -123,24 +127,6 @@ class LinearQuantizer(Quantizer):
             device = getattr(self, name).device
             self._parameters.pop(name, None)
             self.register_buffer(name, torch.empty(0, dtype=dtype, device=device))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearQuantizer":
-        """Move with the module, but keep float32: a scale in half precision would be another scale."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("scale", "zero_point"):
-            saved = state_dict.get(prefix + name)
-            current = getattr(self, name)
-            if saved is not None and saved.shape != current.shape:
-                self._assign(name, torch.empty(saved.shape, dtype=current.dtype, device=current.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         parts = [f"num_bits={self.num_bits}", f"symmetric={self.symmetric}", f"granularity={self.granularity}"]

@@ -57,6 +57,15 @@ class AffineGrid:
         zero_point = (self.quant_min - torch.round(low / scale)).clamp(self.quant_min, self.quant_max)
         return scale, zero_point.to(torch.int32)
 
+    def round(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return float32 ``x`` rounded to the grid; parameters broadcast against ``x``."""
+        q = torch.round(x * (1 / scale)) + zero_point
+        return (q.clamp(self.quant_min, self.quant_max) - zero_point) * scale
+
+    def nearest_zero_point(self, zero_point: Tensor) -> Tensor:
+        """Return the int32 zero point on the grid that is nearest to a float one."""
+        return torch.round(zero_point).clamp(self.quant_min, self.quant_max).to(torch.int32)
+
     def range_for_parameters(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         """Return the smallest and largest real value on the grid, float32."""
         return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale

@@ -194,7 +194,7 @@ class PerTile(Granularity):
 
     def block_size(self, shape: Sequence[int]) -> tuple[int, ...]:
         if len(shape) != len(self.tile_shape):
-            msg = f"tiles of shape {self.tile_shape} do not fit data of shape {tuple(shape)}: the number of axes differs"
+            msg = f"tiles of shape {self.tile_shape} need data with as many axes, got shape {tuple(shape)}"
             raise ValueError(msg)
         return tuple(size if tile == -1 else tile for tile, size in zip(self.tile_shape, shape, strict=True))
 

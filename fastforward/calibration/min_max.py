@@ -1,0 +1,131 @@
+"""Observers that follow the smallest and largest value: overall, by moving average, by mean of batches."""
+
+import torch
+import torch.distributed
+from torch import Tensor
+from typing_extensions import Self
+
+from fastforward.calibration.observer import Observer
+from fastforward.exceptions import CalibrationError
+from fastforward.quantization.granularity import min_max
+
+
+class _Extrema(Observer):
+    """Reduces each batch to its extrema, ``low`` and ``high`` in float32, and leaves the rest to ``follow``."""
+
+    low: Tensor
+    high: Tensor
+    checks_values = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.empty(0))
+        self.register_buffer("high", torch.empty(0))
+
+    def update(self, x: Tensor) -> None:
+        low, high = (bound.to(torch.float32) for bound in min_max(x, self.granularity))
+        self.require_finite(low, high)  # NaN survives amin and amax, so the few extrema tell about all values
+        if self._observed == 0 and self.low.numel() == 0:
+            self.start(low, high)
+            return
+        if low.shape != self.low.shape:
+            low, high = self.share_rows(low, high)
+        self.follow(low, high)
+
+    def start(self, low: Tensor, high: Tensor) -> None:
+        """Take the first batch; copies, because a reduction over no axis is the data itself."""
+        self.low, self.high = low.clone(), high.clone()
+
+    def follow(self, low: Tensor, high: Tensor) -> None:
+        """Take a further batch."""
+        raise NotImplementedError
+
+    def share_rows(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Let all rows share one range along the leading axis, once a batch has another number of rows."""
+        if low.dim() == 0 or low.shape[1:] != self.low.shape[1:]:
+            msg = (
+                f"{self.site}: the parameters of {self.granularity} have shape {tuple(low.shape)} in this batch and "
+                f"{tuple(self.low.shape)} before; only the leading axis may change"
+            )
+            raise CalibrationError(msg)
+        self.low, self.high = self.low.amin(0, keepdim=True), self.high.amax(0, keepdim=True)
+        return low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+
+    def compute_range(self) -> tuple[Tensor, Tensor]:
+        return self.low, self.high
+
+
+class MinMax(_Extrema):
+    """The smallest and largest value of all batches. Merging is exact, associative and commutative."""
+
+    def follow(self, low: Tensor, high: Tensor) -> None:
+        self.low = torch.minimum(self.low, low)
+        self.high = torch.maximum(self.high, high)
+
+    def absorb(self, other: Self) -> None:
+        low, high = other.low, other.high
+        if low.shape != self.low.shape:
+            low, high = self.share_rows(low, high)
+        self.follow(low, high)
+
+
+class MovingAverageMinMax(_Extrema):
+    """An exponential average of each batch's extrema: ``low = (1 - momentum) * low + momentum * new``.
+
+    Under ``torch.distributed`` each step takes the extrema over all processes, so that they stay identical; all
+    processes must therefore observe the same sites equally often.
+
+    Args:
+        momentum: weight of the newest batch, above 0 and at most 1.
+    """
+
+    def __init__(self, momentum: float = 0.1) -> None:
+        super().__init__()
+        if not 0 < momentum <= 1:
+            msg = f"momentum must be above 0 and at most 1, got {momentum}"
+            raise ValueError(msg)
+        self.momentum = momentum
+
+    def start(self, low: Tensor, high: Tensor) -> None:
+        super().start(*extrema_of_all_processes(low, high))
+
+    def follow(self, low: Tensor, high: Tensor) -> None:
+        low, high = extrema_of_all_processes(low, high)
+        self.low = torch.lerp(self.low, low, self.momentum)
+        self.high = torch.lerp(self.high, high, self.momentum)
+
+    def absorb(self, other: Self) -> None:
+        if not (torch.equal(self.low, other.low) and torch.equal(self.high, other.high)):
+            msg = f"{self.site}: moving averages depend on the order of batches and cannot be merged afterwards"
+            raise CalibrationError(msg)
+
+
+class MeanMinMax(_Extrema):
+    """The mean over batches of each batch's extrema; sums in float64, so that merging is associative in practice."""
+
+    def start(self, low: Tensor, high: Tensor) -> None:
+        self.low, self.high = low.to(torch.float64), high.to(torch.float64)
+
+    def follow(self, low: Tensor, high: Tensor) -> None:
+        self.low = self.low + low
+        self.high = self.high + high
+
+    def share_rows(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        del high
+        msg = f"{self.site}: MeanMinMax needs the same parameter shape in all batches, got {tuple(low.shape)}"
+        raise CalibrationError(msg)
+
+    def absorb(self, other: Self) -> None:
+        self.follow(other.low, other.high)
+
+    def compute_range(self) -> tuple[Tensor, Tensor]:
+        return (self.low / self.batches).to(torch.float32), (self.high / self.batches).to(torch.float32)
+
+
+def extrema_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the extrema over all processes of ``torch.distributed``, in one collective; as they are without it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return low, high
+    both = torch.stack([-low, high])
+    torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)
+    return -both[0], both[1]

@@ -1,0 +1,150 @@
+"""The base of all observers: sees tensors, yields scale and zero point.
+
+An observer of one's own is a subclass with two methods: ``update(x)`` takes a batch of floats in, ``compute_range()``
+yields the smallest and largest value worth representing.
+"""
+
+import copy
+import math
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from fastforward.exceptions import CalibrationError
+from fastforward.nn.lazy_buffers import LazyBuffers
+from fastforward.quantization.affine import AffineGrid
+from fastforward.quantization.granularity import Granularity, PerTensor
+
+_O = TypeVar("_O", bound="Observer")
+
+
+class Grid(Protocol):
+    """What an observer must know of the number format whose range it chooses."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether only the larger of the two bounds matters."""
+
+    def parameters_for_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point that cover a range."""
+
+    def round(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return float32 ``x`` rounded to the grid."""
+
+    def nearest_zero_point(self, zero_point: Tensor) -> Tensor:
+        """Return the zero point of the format that is nearest to the float ``zero_point``."""
+
+
+class Observer(LazyBuffers):
+    """Watches the tensors at one site; ``observer(x)`` returns ``x`` itself.
+
+    State belongs in buffers (``register_buffer``), so that it is saved, moved and merged. ``granularity`` and ``grid``
+    are those of the quantizer, set by ``bind`` before the first tensor.
+
+    Example:
+        >>> class AbsMax(Observer):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_buffer("largest", torch.zeros(()))
+        ...
+        ...     def update(self, x):
+        ...         self.largest = torch.maximum(self.largest, x.abs().max())
+        ...
+        ...     def compute_range(self):
+        ...         return -self.largest, self.largest
+    """
+
+    checks_values = False
+    """A subclass that itself refuses NaN and infinity sets this, and saves a pass over the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.granularity: Granularity = PerTensor()
+        self.grid: Grid = AffineGrid(-128, 127, symmetric=False)
+        self.site = "a tensor"
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self._observed = 0  # `batches` on the host: reading a buffer on a GPU would wait for it
+
+    def update(self, x: Tensor) -> None:
+        """Take in one batch: a detached floating tensor, finite and not empty."""
+        raise NotImplementedError
+
+    def compute_range(self) -> tuple[Tensor, Tensor]:
+        """Return the smallest and largest value to represent, shaped as the granularity asks."""
+        raise NotImplementedError
+
+    def bind(self, granularity: Granularity, grid: Grid, site: str) -> Self:
+        """Say whose range this observer estimates."""
+        self.granularity, self.grid, self.site = granularity, grid, site
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe ``x`` and return it; an empty tensor says nothing and is passed over.
+
+        Raises:
+            CalibrationError: ``x`` is no floating tensor, or holds NaN or infinity.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            msg = f"{self.site} cannot be observed: it is {kind}, and only floating tensors are quantized"
+            raise CalibrationError(msg)
+        if x.numel() == 0:
+            return x
+        with torch.no_grad():
+            data = x.detach()
+            if not self.checks_values:
+                self.require_finite(*torch.aminmax(data))
+            self.update(data)
+            self.batches += 1
+            self._observed += 1
+        return x
+
+    def require_finite(self, low: Tensor, high: Tensor) -> None:
+        """Raise CalibrationError if a bound is NaN or infinite."""
+        if low.numel() == 1:
+            finite = math.isfinite(low.item()) and math.isfinite(high.item())
+        else:
+            finite = bool((torch.isfinite(low) & torch.isfinite(high)).all())
+        if not finite:
+            msg = (
+                f"{self.site} saw NaN or infinity (values from {low.min().item()} to {high.max().item()}): no range "
+                "can hold them. Check the data and the operator before it"
+            )
+            raise CalibrationError(msg)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether any tensor was seen."""
+        return self._observed > 0 or int(self.batches) > 0
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point for what was seen; raises CalibrationError if that is nothing."""
+        self.require_data()
+        return self.grid.parameters_for_range(*self.compute_range())
+
+    def require_data(self) -> None:
+        """Raise CalibrationError if no tensor was seen."""
+        if not self.has_data:
+            msg = f"{self.site} saw no data: run the model on calibration data before asking for its range"
+            raise CalibrationError(msg)
+
+    def merge(self: _O, other: _O) -> _O:
+        """Return an observer that has seen what ``self`` and ``other`` have seen; both stay as they are."""
+        if type(self) is not type(other):
+            msg = f"a {type(self).__name__} of {self.site} cannot be merged with a {type(other).__name__}"
+            raise CalibrationError(msg)
+        if not other.has_data:
+            return copy.deepcopy(self)
+        if not self.has_data:
+            return copy.deepcopy(other)
+        merged = copy.deepcopy(self)
+        merged.absorb(other)
+        merged.batches += other.batches
+        return merged
+
+    def absorb(self, other: Self) -> None:
+        """Add the state of ``other``, which has seen data as ``self`` has; what ``merge`` needs of a subclass."""
+        msg = f"{type(self).__name__} of {self.site} cannot be merged: it defines no absorb(other)"
+        raise CalibrationError(msg)
