@@ -15,7 +15,7 @@ from fastforward.selection.roles import Role
 
 Sharing: TypeAlias = Literal["tensor", "channel", "token", "group"]
 
-# The operators whose first operand is a batch of vectors, multiplied along the last axis: a scale per vector factors out.
+# Operators whose first operand is a batch of vectors, multiplied along the last axis; a scale per vector factors out.
 _VECTORWISE = {
     "linear": "input",
     "matmul": "input",
@@ -58,28 +58,16 @@ class Format:
     def build(self, role: Role) -> Quantizer:
         """The quantizer for a value in this role; its ranges are still to be calibrated."""
         if self.block_format is not None:
-            quantizer: Quantizer = fastforward.nn.BlockFormatQuantizer(self.block_format)
-            return quantizer
+            return _new("BlockFormatQuantizer", self.block_format)
         granularity = self.granularity(role)
         if self.dtype is not None:
-            return self._float8(granularity)
+            kind = "DynamicFloat8Quantizer" if self.dynamic else "Float8Quantizer"
+            return _new(kind, getattr(torch, self.dtype), granularity=granularity)
         if self.dynamic:
-            quantizer: Quantizer = fastforward.nn.DynamicLinearQuantizer(
-                self.bits, symmetric=self.symmetric, granularity=granularity
-            )
-            return quantizer
-        # A fixed asymmetric grid for activations: a range without negative values must not flip to another grid later.
-        return fastforward.nn.LinearQuantizer(
-            self.bits, symmetric=self.symmetric, allow_one_sided=False, granularity=granularity
-        )
-
-    def _float8(self, granularity: Granularity) -> Quantizer:
-        dtype = getattr(torch, self.dtype or "")
-        if self.dynamic:
-            quantizer: Quantizer = fastforward.nn.DynamicFloat8Quantizer(dtype, granularity=granularity)
-            return quantizer
-        quantizer: Quantizer = fastforward.nn.Float8Quantizer(dtype, granularity=granularity)
-        return quantizer
+            return _new("DynamicLinearQuantizer", self.bits, symmetric=self.symmetric, granularity=granularity)
+        # One-sided ranges would move the zero point of weights, which integer kernels want at zero.
+        one_sided = {"symmetric": self.symmetric, "allow_one_sided": False}
+        return _new("LinearQuantizer", self.bits, granularity=granularity, **one_sided)
 
     def granularity(self, role: Role) -> Granularity:
         """Which elements share a scale in this role; the next coarser choice where the format's own does not fit."""
@@ -110,6 +98,11 @@ class Format:
         words = [f"{self.dtype or f'int{self.bits}'} per {sharing}{groups}"]
         words += [] if self.dtype is not None else ["symmetric" if self.symmetric else "asymmetric"]
         return ", ".join([*words, "dynamic"] if self.dynamic else words)
+
+
+def _new(name: str, *args: object, **kwargs: object) -> Quantizer:
+    quantizer: Quantizer = getattr(fastforward.nn, name)(*args, **kwargs)
+    return quantizer
 
 
 def _fits_groups(role: Role, group_size: int | None) -> bool:

@@ -11,7 +11,13 @@ import torch
 from fastforward.nn.quantizer import Quantizer, QuantizerMetadata
 from fastforward.selection.formats import Format
 from fastforward.selection.mpath import FilterResult
-from fastforward.selection.quantizers import all_quantizers
+from fastforward.selection.quantizers import (
+    OverwritePolicy,
+    QuantizerCollection,
+    all_quantizers,
+    already_quantized,
+    check_policy,
+)
 from fastforward.selection.roles import Governing, Role, multiplying_operators, role_from_metadata
 
 REASON = "selection_reason"
@@ -125,15 +131,43 @@ def role_of(result: FilterResult, metadata: QuantizerMetadata, governing: Govern
     return dataclasses.replace(role, shape=_parameter_shape(result))
 
 
-def install(model: torch.nn.Module, choices: list[Choice]) -> None:
-    """Put the chosen quantizers in place, and note the reason at every site."""
-    sites = {result.full_name: result for result in all_quantizers(model)}
-    for choice in choices:
-        result = sites[choice.site]
-        if choice.quantizer is not None:
-            choice.quantizer.quant_metadata = choice.metadata
-            setattr(result.parent, result.parent_attribute, choice.quantizer)
-        setattr(choice.quantizer or result.module, REASON, choice.reason)
+def install(model: torch.nn.Module, choices: list[Choice], policy: OverwritePolicy = "skip") -> QuantizerCollection:
+    """Put the chosen quantizers in place, and note the reason at every site.
+
+    Args:
+        model: The model that the choices are about, changed in place.
+        choices: What to put where.
+        policy: What to do at a site that has a quantizer already and gets another one.
+
+    Returns:
+        The sites that got a quantizer.
+
+    Raises:
+        QuantizationError: A site has a quantizer and the policy is ``"error"``; nothing was changed.
+    """
+    check_policy(policy)
+    sites = {site.full_name: site for site in all_quantizers(model)}
+    taken = {c.site for c in choices if c.quantizer is not None and not _is_stub(sites[c.site])}
+    if taken and policy == "error":
+        raise already_quantized(sorted(taken))
+    kept = taken if policy == "skip" else set[str]()
+    shared = dict[int, Quantizer]()  # a stub that two modules share gives way to one quantizer
+    results = [_put(sites[choice.site], choice, shared) for choice in choices if choice.site not in kept]
+    return QuantizerCollection(model, (result for result in results if result is not None))
+
+
+def _is_stub(site: FilterResult) -> bool:
+    return isinstance(site.module, Quantizer) and site.module.is_stub()
+
+
+def _put(site: FilterResult, choice: Choice, shared: dict[int, Quantizer]) -> FilterResult | None:
+    setattr(choice.quantizer or site.module, REASON, choice.reason)
+    if choice.quantizer is None:
+        return None
+    quantizer = shared.setdefault(id(site.module), choice.quantizer)
+    quantizer.quant_metadata = choice.metadata
+    setattr(site.parent, site.parent_attribute, quantizer)
+    return FilterResult(site.full_name, quantizer, site.parent, site.parent_attribute)
 
 
 def _parameter_shape(result: FilterResult) -> tuple[int, ...] | None:
