@@ -1,0 +1,361 @@
+"""From a live function to its rewritten form: locate, mark, rewrite, compile, and bind to a scope.
+
+An :class:`Engine` holds what rewriting depends on (operator table, patterns) and caches one :class:`Unit` per code object.
+"""
+
+import builtins
+import dis
+import functools
+import linecache
+import os
+import re
+import sysconfig
+import types
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree
+import torch.utils.checkpoint
+
+from fastforward.autoquant.marks import UNKNOWN, Context, Marks, Resolver, mark
+from fastforward.autoquant.optable import OperatorTable, default_table
+from fastforward.autoquant.rewrite import SCOPE, rewrite
+from fastforward.autoquant.sites import Site
+from fastforward.autoquant.source import (
+    FunctionNode,
+    Located,
+    clone,
+    compile_like,
+    describe,
+    locate,
+    nested_codes,
+    qualname,
+    skeleton,
+)
+from fastforward.exceptions import AutoquantError, QuantizationWarning
+
+FunctionKind = Literal["operator", "helper", "plain"]
+
+_STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
+_SITE_PACKAGES = tuple({sysconfig.get_paths()[name] + os.sep for name in ("purelib", "platlib")})
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+# Python code of torch that models run as part of their own forward pass; the rest of torch is left alone.
+_TORCH_REWRITTEN = tuple(
+    os.path.join(_TORCH, part) for part in (f"nn{os.sep}modules", f"nn{os.sep}functional.py", f"nn{os.sep}utils", "functional.py")
+) + (os.path.join(_TORCH, "utils", "_contextlib.py"),)
+_ARITHMETIC = frozenset(
+    number
+    for name, number in dis.opmap.items()
+    if name.startswith(("BINARY_", "INPLACE_")) and not name.startswith(("BINARY_SUBSCR", "BINARY_SLICE"))
+)
+_PRAGMA = re.compile(r"#\s*ff:\s*(.+?)\s*$")
+
+
+@dataclass(eq=False)
+class Unit:
+    """One rewritten function, shared by all its call paths.
+
+    Attributes:
+        original: Code of the function as the user wrote it.
+        code: Code of the rewritten function, which takes ``_ff``.
+        callee: Name under which callers file its quantizers.
+        sites: Its sites.
+        call_names: For each numbered call, the last part of the callee's name in the source.
+        call_lines: For each numbered call, its line.
+        call_sites: For each numbered call, the site of its result if it turns out to be the operator it looks like.
+        static_calls: Numbered calls whose callee is a function known from the source.
+        self_calls: Numbered calls of the form ``self.name(...)``.
+    """
+
+    original: types.CodeType
+    code: types.CodeType
+    callee: str
+    sites: list[Site]
+    call_names: list[str] = field(default_factory=list)
+    call_lines: list[int] = field(default_factory=list)
+    call_sites: list[int | None] = field(default_factory=list)
+    static_calls: dict[int, types.FunctionType] = field(default_factory=dict)
+    self_calls: dict[int, str] = field(default_factory=dict)
+    metadata: dict[int, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _repeated(self) -> Counter[str]:
+        return Counter(self.call_names)
+
+    def call_path(self, number: int) -> tuple[int, ...]:
+        """How the quantizers of call ``number`` are numbered: not at all if its callee is called once."""
+        name = self.call_names[number]
+        if self._repeated[name] < 2:
+            return ()
+        return (self.call_names[: number + 1].count(name),)
+
+
+class Engine:
+    """Rewrites functions under one operator table and one set of replacement patterns.
+
+    Args:
+        table: The operator table; the bundled one if not given.
+        patterns: Replacement patterns, applied to the source before anything else.
+        skip: Names of functions and methods that are left alone.
+    """
+
+    def __init__(
+        self, table: OperatorTable | None = None, patterns: Sequence[Any] = (), skip: frozenset[str] = frozenset()
+    ) -> None:
+        self.table = table if table is not None else default_table()
+        self.patterns = tuple(patterns)
+        self.skip = skip
+        self.skipped: dict[str, str] = {}
+        self._units: dict[int, tuple[types.CodeType, Unit | None]] = {}
+        self._nested: dict[int, types.CodeType] = {}
+        self._kinds: dict[int, tuple[types.CodeType, FunctionKind]] = {}
+        self._version = self.table.version
+
+    @functools.cached_property
+    def higher_order(self) -> frozenset[Any]:
+        """Callables that are not rewritten and call the functions they are given."""
+        return frozenset(
+            {
+                map,
+                filter,
+                sorted,
+                min,
+                max,
+                functools.reduce,
+                functools.partial,
+                torch.utils.checkpoint.checkpoint,
+                torch.func.vmap,
+                torch.vmap,
+                torch.utils._pytree.tree_map,
+            }
+        )
+
+    def options(self) -> "Engine | None":
+        """What to store with a pickled companion: ``None`` for the default engine."""
+        return None if self.table is default_table() and not self.patterns and not self.skip else self
+
+    # -------------------------------------------------------------- what a function is
+    def kind(self, function: types.FunctionType) -> FunctionKind:
+        """``operator`` (a row of the table), ``helper`` (rewritten when reached) or ``plain`` (left alone)."""
+        code = function.__code__
+        known = self._kinds.get(id(code))
+        if known is None:
+            known = self._kinds[id(code)] = code, self._classify(function)
+        return known[1]
+
+    def _classify(self, function: types.FunctionType) -> FunctionKind:
+        row = self.table.find_callable(function)
+        if row is not None and not row.decompose:
+            return "operator"
+        code = function.__code__
+        if id(code) in self._nested or function.__name__ in self.skip:
+            return "plain"
+        if id(code) in self._units:
+            return "helper"
+        return "helper" if _is_model_code(code.co_filename) else "plain"
+
+    def treat_call(self, target: Any) -> Literal["call", "leave"]:
+        """Whether a call of the known object ``target`` needs a look at run time."""
+        if isinstance(target, types.FunctionType) and self.kind(target) != "plain":
+            return "call"
+        if isinstance(target, (types.FunctionType, types.BuiltinFunctionType, type)):
+            return "call" if target in self.higher_order else "leave"
+        return "call"
+
+    def is_known_helper(self, function: types.FunctionType) -> bool:
+        """Whether ``function`` is a helper that seems to hold sites itself."""
+        return self.kind(function) == "helper" and may_hold_sites(function.__code__, self.table)
+
+    # -------------------------------------------------------------- units
+    def unit(self, function: types.FunctionType) -> Unit | None:
+        """The rewritten form of ``function``; ``None``, after a warning with the reason, if it cannot be rewritten."""
+        known = self._units.get(id(function.__code__))
+        if known is not None:
+            return known[1]
+        try:
+            return self.require_unit(function)
+        except AutoquantError as error:
+            self.skipped[describe(function.__code__)] = str(error)
+            self._units[id(function.__code__)] = function.__code__, None
+            warnings.warn(f"stays float: {error}", QuantizationWarning, stacklevel=2)
+            return None
+
+    def require_unit(self, function: types.FunctionType) -> Unit:
+        """The rewritten form of ``function``.
+
+        Raises:
+            AutoquantError: It cannot be rewritten; says where and why.
+        """
+        code = function.__code__
+        known = self._units.get(id(code))
+        if known is not None and known[1] is not None:
+            return known[1]
+        located = locate(function)
+        node, tree = _clone_in_place(located)
+        resolve = resolver(function)
+        marks = mark(node, self.context(function, located, resolve))
+        calls = _numbered_calls(node, marks)
+        statics = _static_calls(calls, resolve, self)
+        unit = Unit(
+            original=code,
+            code=code,
+            callee=re.sub(r"\W", "", function.__name__) or "function",
+            sites=marks.sites,
+            call_names=[_last_name(call.func) for call in calls],
+            call_lines=[call.lineno for call in calls],
+            call_sites=[site.index if (site := marks.calls[id(call)].site) is not None else None for call in calls],
+            static_calls=statics,
+            self_calls={n: name for n, call in enumerate(calls) if (name := _self_method(call.func)) is not None},
+        )
+        rewrite(node, marks)
+        unit.code = _compile(tree, code, located.rank)
+        self._remember(code, unit)
+        return unit
+
+    def context(self, function: types.FunctionType, located: Located, resolve: Resolver) -> Context:
+        """What marking asks about the world around ``function``."""
+        return Context(self.table, resolve, self.treat_call, pragmas=_pragmas(located.file.text))
+
+    def _remember(self, original: types.CodeType, unit: Unit) -> None:
+        self._units[id(original)] = original, unit
+        self._units[id(unit.code)] = unit.code, unit
+        self._kinds[id(unit.code)] = unit.code, "helper"
+        for nested in _nested(unit.code):
+            self._nested[id(nested)] = nested
+
+    def bind(self, function: types.FunctionType, scope: Any) -> types.FunctionType:
+        """A copy of ``function`` that runs the rewritten code with ``scope`` as its ``_ff``."""
+        unit = self.require_unit(function)
+        copy = types.FunctionType(
+            unit.code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        copy.__kwdefaults__ = {**(function.__kwdefaults__ or {}), SCOPE: scope}
+        copy.__dict__.update(function.__dict__)
+        copy.__qualname__, copy.__doc__, copy.__module__ = function.__qualname__, function.__doc__, function.__module__
+        copy.__annotations__ = function.__annotations__
+        return copy
+
+
+def may_hold_sites(code: types.CodeType, table: OperatorTable) -> bool:
+    """A cheap look at byte code: does it do arithmetic or use a name of the table?"""
+    if any(opcode in _ARITHMETIC for opcode in code.co_code[::2]) or any(map(table.find_method, code.co_names)):
+        return True
+    if not _identifiers(table).isdisjoint(code.co_names):
+        return True
+    return any(may_hold_sites(inner, table) for inner in code.co_consts if isinstance(inner, types.CodeType))
+
+
+def _identifiers(table: OperatorTable) -> frozenset[str]:
+    return _identifiers_of(table, table.version)
+
+
+@functools.lru_cache(maxsize=16)
+def _identifiers_of(table: OperatorTable, version: int) -> frozenset[str]:
+    return frozenset(operator.identifier for operator in table if operator.kind != "move")
+
+
+def resolver(function: types.FunctionType) -> Resolver:
+    """A lookup of names and attribute chains in the closure, globals and builtins of ``function``."""
+    code = function.__code__
+    local = {*code.co_varnames, *code.co_cellvars}
+    closure = dict(zip(code.co_freevars, function.__closure__ or (), strict=False))
+
+    def resolve(expression: Any) -> Any:
+        attributes: list[str] = []
+        while hasattr(expression, "attr"):
+            attributes.append(expression.attr)
+            expression = expression.value
+        name = getattr(expression, "id", None)
+        if name is None or name in local:
+            return UNKNOWN
+        try:
+            value = closure[name].cell_contents if name in closure else _global(function, name)
+            for attribute in reversed(attributes):
+                if isinstance(value, torch.nn.Module):
+                    return UNKNOWN
+                value = getattr(value, attribute)
+        except (AttributeError, KeyError, ValueError):
+            return UNKNOWN
+        return value
+
+    return resolve
+
+
+def _global(function: types.FunctionType, name: str) -> Any:
+    module_globals = function.__globals__
+    return module_globals[name] if name in module_globals else getattr(builtins, name)
+
+
+def _is_model_code(filename: str) -> bool:
+    """Whether functions of this file are rewritten when reached: the user's and other packages', little of torch's."""
+    if filename.startswith(_TORCH):
+        return filename.startswith(_TORCH_REWRITTEN)
+    if filename.startswith(_OURS):
+        return False
+    if filename.startswith("<"):
+        return filename in linecache.cache and not filename.startswith("<frozen")
+    if filename.startswith(_STDLIB) and not filename.startswith(_SITE_PACKAGES):
+        return filename.endswith("contextlib.py")
+    return f"{os.sep}numpy{os.sep}" not in filename
+
+
+def _clone_in_place(located: Located) -> tuple[FunctionNode, Any]:
+    """A clone of the function's node, inside a clone of the smallest module in which it compiles the same."""
+    memo: dict[int, Any] = {}
+    tree = skeleton(located.node, located.chain, located.file.imports)
+    tree.body[-1] = clone(tree.body[-1], memo)
+    return memo[id(located.node)], tree
+
+
+def _compile(tree: Any, like: types.CodeType, rank: int) -> types.CodeType:
+    try:
+        code = nested_codes(compile_like(tree, like), like)[rank]
+    except (SyntaxError, IndexError, RecursionError) as error:
+        msg = f"{describe(like)}: the rewritten function does not compile: {error}"
+        raise AutoquantError(msg) from error
+    if code.co_freevars != like.co_freevars:
+        msg = f"{describe(like)}: rewriting changed its free variables ({like.co_freevars} -> {code.co_freevars})"
+        raise AutoquantError(msg)
+    return code.replace(co_qualname=qualname(like)) if hasattr(like, "co_qualname") else code
+
+
+def _nested(code: types.CodeType) -> list[types.CodeType]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return [*inner, *(deeper for one in inner for deeper in _nested(one))]
+
+
+def _numbered_calls(node: Any, marks: Marks) -> list[Any]:
+    numbered = [(marks.calls[id(call)].number, call) for call in marks.keep if id(call) in marks.calls]
+    return [call for _, call in sorted(dict(numbered).items())]
+
+
+def _static_calls(calls: list[Any], resolve: Resolver, engine: Engine) -> dict[int, types.FunctionType]:
+    found = {}
+    for number, call in enumerate(calls):
+        target = resolve(call.func)
+        if isinstance(target, types.FunctionType) and engine.is_known_helper(target):
+            found[number] = target
+    return found
+
+
+def _last_name(callee: Any) -> str:
+    name = getattr(callee, "attr", None) or getattr(callee, "id", None)
+    return str(name) if name else "call"
+
+
+def _self_method(callee: Any) -> str | None:
+    is_self = hasattr(callee, "attr") and getattr(callee.value, "id", None) == "self"
+    return callee.attr if is_self else None
+
+
+@functools.lru_cache(maxsize=64)
+def _pragmas(text: str) -> dict[int, str]:
+    if "ff:" not in text:
+        return {}
+    lines = enumerate(text.splitlines(), start=1)
+    return {number: found.group(1) for number, line in lines if (found := _PRAGMA.search(line))}

@@ -1,0 +1,394 @@
+"""The run-time side of one call path: which quantizers its sites use, and the scopes of the calls it makes.
+
+Rewritten code carries its scope in the keyword-only argument ``_ff``. A scope belongs to one module instance (its owner,
+which holds the stubs) and to one rewritten function; each call site in that function that reaches another rewritten function
+leads to a child scope. So different call paths have different quantizers, while loops and recursion share them.
+"""
+
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from fastforward.autoquant.sites import Site, nested_name
+
+if TYPE_CHECKING:
+    from fastforward.autoquant.optable import Operator
+    from fastforward.autoquant.recompile import Engine, Unit
+
+SCOPES = "_ff_scopes"
+_STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT = range(5)
+
+
+def apply(quantizer: Any, value: Any) -> Any:
+    """Quantize ``value``: a tensor, or the tensors of a list or tuple; anything else passes through."""
+    if isinstance(value, torch.Tensor):
+        return quantizer(value)
+    if type(value) in (list, tuple):
+        return type(value)(apply(quantizer, item) for item in value)
+    return value
+
+
+class Scope:
+    """Quantizers and children of one call path.
+
+    Attributes:
+        owner: Module instance that holds the stubs; ``None`` for code that runs on no quantized instance.
+        unit: The rewritten function.
+        plan: For each site its active quantizer, or ``None`` while a stub stands there.
+    """
+
+    __slots__ = ("calls", "children", "dynamic", "engine", "memo", "names", "owner", "parent", "plan", "unit")
+
+    def __init__(
+        self, engine: "Engine", unit: "Unit", owner: Any, parent: "Scope | None", callee: str, path: tuple[int, ...]
+    ) -> None:
+        self.engine, self.unit, self.owner, self.parent = engine, unit, owner, parent
+        self.calls = (callee, path)
+        self.children: dict[tuple[int, int], Scope] = {}
+        self.dynamic: dict[tuple[int, str], DynamicOperator] = {}
+        self.memo: dict[int, tuple[int, Any]] = {}
+        self.names: tuple[str, ...] = ()
+        self.plan: list[Any] = [None] * (len(unit.sites) + 1)
+        if owner is not None:
+            self.names = tuple(owner._ff_add_stub(self.full_name(site.name), site, unit) for site in unit.sites)
+            self.refresh()
+            self._known_children()
+
+    slice = slice
+
+    def enter(self, *_: Any) -> "Scope":
+        """What a method's first statement calls; a scope that was passed explicitly stays."""
+        return self
+
+    def full_name(self, name: str) -> str:
+        """The owner's attribute for the quantizer that this function calls ``name``."""
+        callee, path = self.calls
+        if callee:
+            name = nested_name(callee, name, path)
+        return name if self.parent is None else self.parent.full_name(name)
+
+    def refresh(self) -> None:
+        """Recompute the plan of this scope and everything below, after quantizers were attached or removed."""
+        owner = self.owner
+        if owner is None:
+            return
+        live = owner._stubs_live
+        for index, name in enumerate(self.names):
+            quantizer = owner.__dict__.get(name)
+            self.plan[index] = quantizer if quantizer is not None and (live or not quantizer.is_stub()) else None
+        for dynamic in self.dynamic.values():
+            dynamic.refresh()
+        for child in self.children.values():
+            if child.parent is self:
+                child.refresh()
+
+    def _known_children(self) -> None:
+        """Make the scopes of the helpers that the source names, so that their stubs exist before the first run."""
+        for number, function in self.unit.static_calls.items():
+            self.child(number, function)
+        for number, name in self.unit.self_calls.items():
+            function = inspect.getattr_static(type(self.owner), name, None)
+            if isinstance(function, types.FunctionType) and self.engine.is_known_helper(function):
+                self.child(number, function)
+
+    # -------------------------------------------------------------- what rewritten code calls
+    def q(self, index: int, value: Any) -> Any:
+        """Quantize ``value`` at site ``index``."""
+        quantizer = self.plan[index]
+        return value if quantizer is None else apply(quantizer, value)
+
+    def op(self, index: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call an operator and quantize its result at site ``index``."""
+        quantizer = self.plan[index]
+        if quantizer is None:
+            return function(*args, **kwargs)
+        return apply(quantizer, function(*args, **kwargs))
+
+    def call(self, number: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call something whose nature is known only now."""
+        if torch.compiler.is_compiling():
+            return self.call_compiled(number, function, args, kwargs)
+        if type(function) in _module_types:
+            return function(*args, **kwargs)
+        return self.resolve(number, function, args, kwargs)
+
+    def visible(self, _: int, names: Any) -> Any:
+        """``locals()`` or ``dir()`` without what rewriting added."""
+        if isinstance(names, list):
+            return [name for name in names if not name.startswith("_ff")]
+        return {name: value for name, value in names.items() if not name.startswith("_ff")}
+
+    # -------------------------------------------------------------- resolution
+    def resolve(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Find out what ``function`` is, and call it accordingly."""
+        kind = type(function)
+        if kind is types.BuiltinFunctionType:
+            return self._builtin(number, function, args, kwargs)
+        if kind is types.FunctionType:
+            return self._function(number, function, args, kwargs)
+        if kind is types.MethodType:
+            return self._method(number, function, args, kwargs)
+        if isinstance(function, torch.nn.Module):
+            _module_types.add(kind)
+            return function(*args, **kwargs)
+        if kind is functools.partial:
+            return self.resolve(number, function.func, function.args + args, {**function.keywords, **kwargs})
+        if isinstance(function, type):
+            args, kwargs = self._pass_functions(number, function, args, kwargs)
+            return function(*args, **kwargs)
+        return self._object(number, function, args, kwargs)
+
+    def _builtin(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(function.__self__, torch.Tensor):
+            found = self.engine.table.find_method(function.__name__)
+        else:
+            found = self.engine.table.find_callable(function)
+        if found is None:
+            args, kwargs = self._pass_functions(number, function, args, kwargs)
+            return function(*args, **kwargs)
+        return self._operator(number, found, function, args, kwargs)
+
+    def _function(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = self.engine.kind(function)
+        if kind == "helper":
+            return self._helper(number, function, function, args, kwargs, _FUNCTION)
+        if kind == "operator":
+            return self._operator(number, self.engine.table.find_callable(function), function, args, kwargs)
+        args, kwargs = self._pass_functions(number, function, args, kwargs)
+        return function(*args, **kwargs)
+
+    def _method(self, number: int, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function, me = method.__func__, method.__self__
+        if type(function) is not types.FunctionType:
+            return method(*args, **kwargs)
+        if isinstance(me, torch.Tensor):
+            found = self.engine.table.find_method(function.__name__)
+            return method(*args, **kwargs) if found is None else self._operator(number, found, method, args, kwargs)
+        if hasattr(me, "_ff_add_stub") and me is not self.owner:
+            return method(*args, **kwargs)  # another quantized module: its own scope has its quantizers
+        if self.engine.kind(function) != "helper":
+            return method(*args, **kwargs)
+        return self._helper(number, method, function, (me, *args), kwargs, _METHOD)
+
+    def _object(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = self.engine.table.find_callable(function)
+        if found is not None:
+            return self._operator(number, found, function, args, kwargs)
+        python = getattr(function, "_torchdynamo_inline", None)  # what a scripted function was made from
+        if python is not None:
+            return self.resolve(number, python, args, kwargs)
+        call = getattr(type(function), "__call__", None)
+        if type(call) is types.FunctionType and self.engine.kind(call) == "helper":
+            return self._helper(number, function, call, (function, *args), kwargs, _OBJECT)
+        return function(*args, **kwargs)
+
+    def _helper(
+        self, number: int, original: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: int
+    ) -> Any:
+        child = self.child(number, function)
+        if child is None:
+            arguments = args if how == _FUNCTION else args[1:]
+            return original(*arguments, **kwargs)
+        bound = self.engine.bind(function, child)
+        self.memo[number] = how, bound
+        return bound(*args, **kwargs)
+
+    def child(self, number: int, function: Any) -> "Scope | None":
+        """The scope for calling ``function`` at call site ``number``; ``None`` if it cannot be rewritten."""
+        key = number, id(function.__code__)
+        known = self.children.get(key)
+        if known is not None:
+            return known
+        unit = self.engine.unit(function)
+        if unit is None:
+            return None
+        scope = self._ancestor(unit) or Scope(
+            self.engine, unit, self.owner, self, unit.callee, self.unit.call_path(number)
+        )
+        self.children[key] = scope
+        return scope
+
+    def _ancestor(self, unit: "Unit") -> "Scope | None":
+        scope: Scope | None = self
+        while scope is not None and scope.unit is not unit:
+            scope = scope.parent
+        return scope
+
+    def _pass_functions(
+        self, number: int, callee: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Functions handed to a callee that is not rewritten go as copies that carry their scope."""
+        if callee not in self.engine.higher_order:
+            return args, kwargs
+        return (
+            tuple(self._passed(number, value) for value in args),
+            {name: self._passed(number, value) for name, value in kwargs.items()},
+        )
+
+    def _passed(self, number: int, value: Any) -> Any:
+        if type(value) is types.FunctionType and self.engine.kind(value) == "helper":
+            child = self.child(number, value)
+            return value if child is None else self.engine.bind(value, child)
+        if type(value) is functools.partial:
+            inner = self._passed(number, value.func)
+            return value if inner is value.func else functools.partial(inner, *value.args, **value.keywords)
+        return value
+
+    # -------------------------------------------------------------- operators found at run time
+    def _operator(
+        self, number: int, found: "Operator | None", function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if found is None or found.kind == "move" or function.__name__.endswith("_"):
+            return function(*args, **kwargs)
+        index = self.unit.call_sites[number]
+        if index is not None:
+            self.memo[number] = _STATIC, index
+            return self.op(index, function, *args, **kwargs)
+        key = number, found.identifier
+        dynamic = self.dynamic.get(key)
+        if dynamic is None:
+            dynamic = self.dynamic[key] = DynamicOperator(self, number, found)
+        self.memo[number] = _DYNAMIC, dynamic
+        return dynamic(function, args, kwargs)
+
+    def call_compiled(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As ``call``; a compiler cannot hash or inspect callables, so what eager execution found is trusted."""
+        known = self.memo.get(number)
+        if known is None:
+            return function(*args, **kwargs)
+        how, what = known
+        if how == _STATIC:
+            return self.op(what, function, *args, **kwargs)
+        if how == _DYNAMIC:
+            return what(function, args, kwargs)
+        if how == _FUNCTION:
+            return what(*args, **kwargs)
+        if how == _METHOD:
+            return what(function.__self__, *args, **kwargs)
+        return what(function, *args, **kwargs)
+
+
+class DynamicOperator:
+    """An operator that the source did not show (a registry entry, a function passed as a value), at one call site."""
+
+    __slots__ = ("active", "names", "operator", "scope")
+
+    def __init__(self, scope: Scope, number: int, found: "Operator") -> None:
+        self.scope, self.operator = scope, found
+        self.names: dict[str, str] = {}
+        self.active: dict[str, Any] = {}
+        if scope.owner is None:
+            return
+        line = scope.unit.call_lines[number]
+        for site in dynamic_sites(found, line, scope.unit.call_path(number)):
+            self.names[site.argument or ""] = scope.owner._ff_add_stub(scope.full_name(site.name), site, scope.unit)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Recompute which of the stubs are active quantizers."""
+        owner = self.scope.owner
+        quantizers = {name: owner.__dict__.get(attribute) for name, attribute in self.names.items()}
+        live = owner is not None and owner._stubs_live
+        self.active = {name: q for name, q in quantizers.items() if q is not None and (live or not q.is_stub())}
+
+    def __call__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            return function(*args, **kwargs)
+        if isinstance(getattr(function, "__self__", None), torch.Tensor):
+            receiver, *rest = self._positional((function.__self__, *args))
+            function, args = getattr(receiver, function.__name__), tuple(rest)
+        else:
+            args = self._positional(args)
+        kwargs = {name: self._quantized(name, value) for name, value in kwargs.items()}
+        return self._quantized("", function(*args, **kwargs))
+
+    def _positional(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [parameter.name for parameter in self.operator.parameters]
+        return tuple(
+            self._quantized(names[index], value) if index < len(names) else value for index, value in enumerate(args)
+        )
+
+    def _quantized(self, name: str, value: Any) -> Any:
+        quantizer = self.active.get(name)
+        return value if quantizer is None else apply(quantizer, value)
+
+
+def dynamic_sites(found: "Operator", line: int, path: tuple[int, ...]) -> list[Site]:
+    """The sites of an operator known only at run time: its quantized operands, then its result."""
+    suffix = "".join(f"_{number}" for number in path)
+    sites = []
+    for parameter in found.parameters:
+        if parameter.quantized or parameter.maybe_quantized:
+            role = f"parameter/{parameter.name}" if parameter.name in ("weight", "bias") else "activation/input"
+            name = f"quantizer_{found.identifier}_{parameter.name}{suffix}"
+            sites.append(Site(parameter.name, role, found.identifier, parameter.name, line, 0, name=name))
+    if found.output_quantized:
+        name = f"quantizer_{found.identifier}{suffix}"
+        sites.append(Site(found.identifier, "activation/output", found.identifier, None, line, 0, name=name))
+    return sites
+
+
+class MethodEntry:
+    """The default of ``_ff`` in a companion's method: the scope lives in the instance."""
+
+    __slots__ = ("engine", "name", "unit")
+
+    def __init__(self, engine: "Engine", name: str, unit: "Unit") -> None:
+        self.engine, self.name, self.unit = engine, name, unit
+
+    def enter(self, me: Any = None, *_: Any) -> Scope:
+        """The scope of method ``name`` for the instance ``me``."""
+        scopes = getattr(me, "__dict__", _NOTHING).get(SCOPES)
+        if scopes is None:
+            return self.create(me)
+        scope: Scope | None = scopes.get(self.name)
+        return self.create(me) if scope is None else scope
+
+    def create(self, me: Any) -> Scope:
+        """Make the scope; an object that is no quantized module gets one without stubs."""
+        owner = me if hasattr(type(me), "_ff_add_stub") else None
+        callee = "" if self.name == "forward" else self.name
+        scope = Scope(self.engine, self.unit, owner, None, callee, ())
+        if owner is not None:
+            owner.__dict__.setdefault(SCOPES, {})[self.name] = scope
+        return scope
+
+
+_NOTHING: Final[dict[str, Any]] = {}
+_module_types: set[type] = set()
+
+
+def _binary(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def binary(self: Scope, index: int, left: Any, right: Any) -> Any:
+        quantizer = self.plan[index]
+        if quantizer is None:
+            return function(left, right)
+        return apply(quantizer, function(left, right))
+
+    return binary
+
+
+def _unary(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def unary(self: Scope, index: int, operand: Any) -> Any:
+        quantizer = self.plan[index]
+        if quantizer is None:
+            return function(operand)
+        return apply(quantizer, function(operand))
+
+    return unary
+
+
+_BINARY = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()
+for _name in [*_BINARY, *(f"i{name.rstrip('_')}" for name in _BINARY)]:
+    setattr(Scope, _name, _binary(_name))
+for _name in ("neg", "pos", "invert"):
+    setattr(Scope, _name, _unary(_name))
