@@ -1,0 +1,222 @@
+"""``QuantizedTensor``: integers (or float8 values) stored with their scale, zero point and block size."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from fastforward.exceptions import QuantizationError
+from fastforward.quantization.granularity import block_counts, blocked
+
+Handler = Callable[..., Any]
+_FUNCTIONS: dict[Any, Handler] = {}
+_OPERATORS: dict[Any, Handler] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainLayout:
+    """The stored values lie as in an ordinary tensor of the same shape."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainTensorImpl:
+    """What a quantized tensor stores, under the names by which torchao prints it."""
+
+    data: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    _layout: PlainLayout = dataclasses.field(default_factory=PlainLayout)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(data={self.data}... , scale={self.scale}... , zero_point={self.zero_point}... , "
+            f"_layout={self._layout})"
+        )
+
+
+class QuantizedTensor(torch.Tensor):
+    """A tensor that stores quantized values and stands for ``(q - zero_point) * scale``.
+
+    ``F.linear``, ``matmul`` and ``F.conv2d`` of two of them multiply integers. Moving, slicing, transposing and, where
+    blocks allow, reshaping keep the grid. Every other operator sees the dequantized values.
+
+    Args:
+        int_data: stored values, an integer or float8 type, of the tensor's shape.
+        scale: one per block.
+        zero_point: one per block, or None for zero.
+        block_size: shape of the blocks that share a scale; each size divides the tensor's.
+        dtype: type of the values it stands for.
+        quant_min: smallest integer of the grid, by default that of the stored type.
+        quant_max: largest integer of the grid.
+    """
+
+    int_data: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    block_size: tuple[int, ...]
+    quant_min: int | None
+    quant_max: int | None
+
+    @staticmethod
+    def __new__(
+        cls: type[Self],
+        int_data: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        block_size: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+    ) -> Self:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, int_data.shape, strides=int_data.stride(), dtype=dtype, device=int_data.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        int_data: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        block_size: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+    ) -> None:
+        del dtype
+        self.int_data = int_data
+        self.scale = scale
+        self.zero_point = zero_point
+        self.block_size = tuple(block_size)
+        self.quant_min = quant_min
+        self.quant_max = quant_max
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        parts = ["int_data", "scale"] + ([] if self.zero_point is None else ["zero_point"])
+        return parts, (self.block_size, self.dtype, self.quant_min, self.quant_max)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, parts: dict[str, Tensor], context: tuple[Any, ...], outer_size: Any, outer_stride: Any
+    ) -> Self:
+        del outer_size, outer_stride
+        block_size, dtype, quant_min, quant_max = context
+        zero_point = parts.get("zero_point")
+        return cls(parts["int_data"], parts["scale"], zero_point, block_size, dtype, quant_min, quant_max)
+
+    @property
+    def tensor_impl(self) -> PlainTensorImpl:
+        """The stored parts, under torchao's names."""
+        return PlainTensorImpl(self.int_data, self.scale, self.zero_point)
+
+    def int_repr(self) -> Tensor:
+        """Return the stored values."""
+        return self.int_data
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the number of blocks along each axis."""
+        return block_counts(self.int_data.shape, self.block_size)
+
+    def is_per_tensor(self) -> bool:
+        """Return whether all elements share one scale."""
+        return self.scale.numel() == 1
+
+    def parameter_view(self, parameter: Tensor) -> Tensor:
+        """Return a scale or zero point with as many axes as the tensor, each of the number of blocks."""
+        return parameter.reshape(self.block_counts() if parameter.numel() > 1 else [1] * self.int_data.dim())
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """Return the values it stands for as a plain tensor, computed in float32."""
+        if self.is_per_tensor():
+            view, scale, zero_point = self.int_data, self.scale.reshape(()), self.zero_point
+            zero_point = None if zero_point is None else zero_point.reshape(())
+        else:
+            view = blocked(self.int_data, self.block_size)
+            scale = interleaved(self.parameter_view(self.scale))
+            zero_point = None if self.zero_point is None else interleaved(self.parameter_view(self.zero_point))
+        view = view.to(torch.float32)
+        values = (view if zero_point is None else view - zero_point) * scale.to(torch.float32)
+        return values.reshape(self.int_data.shape).to(output_dtype or self.dtype)
+
+    def with_parts(self, transform: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "QuantizedTensor":
+        """Return the same tensor with ``transform`` applied to each stored part."""
+        return QuantizedTensor(
+            transform(self.int_data),
+            transform(self.scale),
+            None if self.zero_point is None else transform(self.zero_point),
+            self.block_size,
+            dtype or self.dtype,
+            self.quant_min,
+            self.quant_max,
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return (
+            f"{type(self).__name__}(tensor_impl={self.tensor_impl}, block_size={self.block_size}, shape={self.shape}, "
+            f"device={self.device}, dtype={self.dtype}, requires_grad={self.requires_grad})"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _FUNCTIONS.get(func)
+        if handler is not None:
+            return handler(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _OPERATORS.get(func)
+        if handler is not None:
+            return handler(func, *args, **kwargs)
+        if func._schema.is_mutable and any(isinstance(arg, QuantizedTensor) for arg in args[:1]):
+            msg = f"{func} would change a QuantizedTensor in place: dequantize() it first"
+            raise QuantizationError(msg)
+        return func(*plain(args), **plain(kwargs))
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` with quantized tensors dequantized, inside lists, tuples and dicts too."""
+    if isinstance(value, QuantizedTensor):
+        return value.dequantize()
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def interleaved(parameter: Tensor) -> Tensor:
+    """Return ``[n0, n1, ...]`` as ``[n0, 1, n1, 1, ...]``, which broadcasts against a blocked tensor."""
+    return parameter.reshape([size for count in parameter.shape for size in (count, 1)])
+
+
+def implements_function(*functions: Any) -> Callable[[Handler], Handler]:
+    """Register what a function of torch does to quantized tensors."""
+
+    def register(handler: Handler) -> Handler:
+        _FUNCTIONS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def implements_operator(*operators: Any) -> Callable[[Handler], Handler]:
+    """Register what an ATen operator does to quantized tensors; the handler gets the operator first."""
+
+    def register(handler: Handler) -> Handler:
+        _OPERATORS.update(dict.fromkeys(operators, handler))
+        return handler
+
+    return register
+
+
+torch.serialization.add_safe_globals([QuantizedTensor, PlainLayout, PlainTensorImpl])
