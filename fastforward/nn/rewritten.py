@@ -4,7 +4,6 @@ A companion carries the float class's name, module and qualified name (libraries
 (float class, state), so that it loads wherever fastforward is installed.
 """
 
-import copy
 import inspect
 import types
 import warnings
@@ -55,15 +54,17 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
         return name
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = list(super().__reduce_ex__(protocol))
+        reduced = super().__reduce_ex__(max(protocol, 2))
         cls = type(self)
-        if reduced[0] is copy._reconstructor or getattr(reduced[0], "__name__", "") in ("__newobj__", "__newobj_ex__"):
-            reduced[0], reduced[1] = _rebuild, (cls.float_class, cls._ff_engine.options())
-        return tuple(reduced)
+        if reduced[0].__name__ not in ("__newobj__", "__newobj_ex__"):
+            return reduced  # the user's own way of pickling
+        return (_rebuild, (cls.float_class, cls._ff_engine.options()), *reduced[2:])
 
     def __getstate__(self) -> dict[str, Any]:
         parent = getattr(super(), "__getstate__", None)
         state = parent() if parent is not None else self.__dict__
+        if not isinstance(state, dict):
+            return state  # type: ignore[no-any-return]  # the user's own form
         return {name: value for name, value in state.items() if name != SCOPES}
 
 
