@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection import rules_yaml, schemes
-from fastforward.selection.mpath import FilterResult, Selector
+from fastforward.selection.mpath import FilterResult, Selector, root
 from fastforward.selection.mpath.context import user_context
 from fastforward.selection.quantizers import (
     OverwritePolicy,
@@ -20,7 +20,7 @@ from fastforward.selection.quantizers import (
     as_factory,
 )
 from fastforward.selection.roles import Governing
-from fastforward.selection.rule import EVERYTHING, Rule, Target, check_query, is_exact_name
+from fastforward.selection.rule import EVERYTHING, Rule, Target, exactness, make_rule
 from fastforward.selection.scheme import Choice, Scheme, install
 
 
@@ -68,9 +68,7 @@ class QuantizationConfig:
             _refuse_arguments(kwargs)
         else:
             as_factory(target, kwargs)
-        rule = Rule(query, target, kwargs, user_context())
-        check_query(rule)
-        self.rules.append(rule)
+        self.rules.append(make_rule(query, target, kwargs, user_context()))
         return self
 
     def precedence_score(self, rule: Rule, result: FilterResult) -> int:
@@ -91,7 +89,7 @@ class QuantizationConfig:
             governing: Which stub's value is multiplied by what, from a recorded run; schemes use it.
         """
         sites = all_quantizers(model)
-        everything = [] if self.scheme is None else [Rule(EVERYTHING, self.scheme)]
+        everything = [] if self.scheme is None else [Rule(EVERYTHING, self.scheme, selector=root)]
         selections = [(rule, rule.selected(model, sites)) for rule in (*everything, *self.rules)]
         return [self._decide(site, selections, governing) for site in sites]
 
@@ -167,11 +165,11 @@ class QuantizationConfig:
     def from_mapping(cls, rules: Mapping[str, Target | str], *, scheme: str | Scheme | None = None) -> Self:
         """Rules from a mapping of names, ``re:`` expressions or queries to schemes, factories or None.
 
-        The more specific kind of key wins, as in torchao's ``FqnToConfig``: a qualified name over an expression or
+        The more exact kind of key wins, as in torchao's ``FqnToConfig``: a qualified name over an expression over a
         query; within a kind the later entry.
         """
         config = cls(scheme)
-        for key in sorted(rules, key=is_exact_name):
+        for key in sorted(rules, key=exactness):
             config.add_rule(key, rules[key])
         return config
 

@@ -28,6 +28,7 @@ from fastforward.selection.roles import Governing
 from fastforward.selection.scheme import Scheme, role_of
 
 EVERYTHING = "**"
+"""The query of a configuration's base scheme."""
 
 Target: TypeAlias = "type[Quantizer] | QuantizerFactory | Scheme | None"
 
@@ -40,20 +41,21 @@ class Rule:
         query: What it selects, as it was given.
         target: What the sites get.
         kwargs: Arguments of a quantizer class.
-        context: Where class names in the query are looked up.
+        selector: The query, read; None when it goes by qualified name.
     """
 
     query: str | Selector
     target: Target
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    context: QueryContext = field(default_factory=QueryContext, compare=False, repr=False)
+    selector: Selector | None = field(default=None, compare=False, repr=False)
 
     def selected(self, model: torch.nn.Module, sites: QuantizerCollection) -> set[tuple[int, str]]:
         """Keys of the sites that the rule selects."""
-        chosen = self._names(model, sites)
-        if chosen is None:
-            return {result.key for result in search(self._selector(), model)}
-        return {site.key for site in sites if site.full_name in chosen}
+        if self.selector is not None:
+            selector = self.selector / root if self._reaches_below else self.selector
+            return {result.key for result in search(selector, model)}
+        matches = name_matcher(str(self.query))
+        return {site.key for site in sites if any(map(matches, self._candidates(site.full_name)))}
 
     def choose(self, name: str, site: FilterResult, governing: Governing | None) -> tuple[Quantizer | None, str]:
         """The quantizer for a selected site, or None, and the reason."""
@@ -75,18 +77,6 @@ class Rule:
     def _reaches_below(self) -> bool:
         return self.target is None or isinstance(self.target, Scheme)
 
-    def _selector(self) -> Selector:
-        selector = query(self.query, context=self.context)
-        return selector / root if self._reaches_below else selector
-
-    def _names(self, model: torch.nn.Module, sites: QuantizerCollection) -> set[str] | None:
-        """Full names of the selected sites when the rule goes by name; None when it is a query."""
-        if not isinstance(self.query, str) or not is_qualified_name(self.query):
-            return None
-        matches = name_matcher(self.query)
-        names = (site.full_name for site in sites)
-        return {name for name in names if any(map(matches, self._candidates(name)))}
-
     def _candidates(self, name: str) -> Iterator[str]:
         yield name
         while self._reaches_below and "." in name:
@@ -94,14 +84,35 @@ class Rule:
             yield name
 
 
+def make_rule(selected: str | Selector, target: Target, kwargs: Mapping[str, Any], context: QueryContext) -> Rule:
+    """A rule whose query has been read.
+
+    Args:
+        selected: A query, a qualified name, or ``re:`` and an expression.
+        target: What the sites get.
+        kwargs: Arguments of a quantizer class.
+        context: Where class names in the query are looked up.
+
+    Raises:
+        MPathParseError: The query does not follow the grammar.
+        ValueError: The expression is wrong.
+    """
+    if isinstance(selected, str) and is_qualified_name(selected):
+        name_matcher(selected)
+        return Rule(selected, target, kwargs)
+    return Rule(selected, target, kwargs, query(selected, context=context))
+
+
 def is_qualified_name(text: str) -> bool:
     """Whether a rule's text goes by qualified name: ``re:...``, or a dotted name, which no query can be."""
     return text.startswith("re:") or re.fullmatch(r"[\w-]+(\.[\w-]+)+", text) is not None
 
 
-def is_exact_name(text: str) -> bool:
-    """Whether a key of a mapping is one name rather than a pattern."""
-    return re.fullmatch(r"[\w-]+(\.[\w-]+)*", text) is not None
+def exactness(text: str) -> int:
+    """How exact a key of a mapping is: 2 for one name, 1 for a ``re:`` expression, 0 for a query."""
+    if re.fullmatch(r"[\w-]+(\.[\w-]+)*", text):
+        return 2
+    return int(text.startswith("re:"))
 
 
 def name_matcher(text: str) -> Callable[[str], bool]:
@@ -114,11 +125,3 @@ def name_matcher(text: str) -> Callable[[str], bool]:
         msg = f"rule {text!r} is not a regular expression: {error}"
         raise ValueError(msg) from error
     return lambda name: pattern.fullmatch(name) is not None
-
-
-def check_query(rule: Rule) -> None:
-    """Raise unless the rule's query can be read."""
-    if isinstance(rule.query, str) and is_qualified_name(rule.query):
-        name_matcher(rule.query)
-    else:
-        query(rule.query, context=rule.context)

@@ -161,11 +161,12 @@ def _is_stub(site: FilterResult) -> bool:
 
 
 def _put(site: FilterResult, choice: Choice, shared: dict[int, Quantizer]) -> FilterResult | None:
-    setattr(choice.quantizer or site.module, REASON, choice.reason)
     if choice.quantizer is None:
+        setattr(site.module, REASON, choice.reason)
         return None
     quantizer = shared.setdefault(id(site.module), choice.quantizer)
     quantizer.quant_metadata = choice.metadata
+    setattr(quantizer, REASON, choice.reason)
     setattr(site.parent, site.parent_attribute, quantizer)
     return FilterResult(site.full_name, quantizer, site.parent, site.parent_attribute)
 

@@ -135,7 +135,8 @@ class MPathCollection(Sequence[FilterResult]):
         for result in self:
             key = id(result.module)
             if key not in known:
-                known[key] = function(result.full_name, result.module) or result.module
+                new = function(result.full_name, result.module)
+                known[key] = result.module if new is None else new
             yield FilterResult(
                 result.full_name, known[key], result.parent, result.parent_attribute, result.fragment_matches
             )
