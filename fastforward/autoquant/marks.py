@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 from fastforward.autoquant import sites as roles
+from fastforward.autoquant.liveness import Liveness
 from fastforward.autoquant.optable import Operator, OperatorTable
 from fastforward.autoquant.sites import Site, name_sites
 from fastforward.autoquant.source import FunctionNode
@@ -62,6 +63,7 @@ class Frame:
     inline_only: set[str] = field(default_factory=set)
     definitions: dict[str, list[Definition]] = field(default_factory=dict)
     operands: dict[str, Use] = field(default_factory=dict)
+    reads: set[int] = field(default_factory=set)
 
 
 class CallMark(NamedTuple):
@@ -305,12 +307,21 @@ class _Marker:
     def classify(self, node: ast.Call) -> tuple[str, Operator | None]:
         """``operator``, ``method`` (an operator if its receiver is a tensor), ``call``, ``locals`` or ``leave``."""
         callee = node.func
-        target = self.context.resolve(callee)
+        target = self.resolve(callee)
         if target is not UNKNOWN:
             return self._classify_known(node, target)
         if isinstance(callee, ast.Attribute) and not self._on_self(callee):
             return self._classify_method(callee, node)
         return "call", None
+
+    def resolve(self, expression: ast.expr) -> Any:
+        """The object that ``expression`` means; names bound in the function or in one nested in it mean nothing yet."""
+        root = expression
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if isinstance(root, ast.Name) and any(root.id in frame.locals for frame in self.frames):
+            return UNKNOWN
+        return self.context.resolve(expression)
 
     def _classify_known(self, node: ast.Call, target: Any) -> tuple[str, Operator | None]:
         if target in (locals, vars, dir) if _hashable(target) else False:
@@ -331,6 +342,8 @@ class _Marker:
             return "leave", None
         operator = self.context.table.find_method(callee.attr)
         if operator is None or operator.kind == "move" or not self.context.may_be_tensor(callee.value):
+            return "call", None
+        if callee.attr.endswith("_"):  # in place: the result is the receiver, which keeps its identity
             return "call", None
         if any(isinstance(argument, ast.Starred) for argument in node.args) or any(k.arg is None for k in node.keywords):
             return "call", None
@@ -397,6 +410,8 @@ class _Marker:
         if name.id not in frame.locals or name.id in frame.inline_only:
             return False
         frame.operands.setdefault(name.id, use)
+        frame.reads.add(id(name))
+        self.marks.keep.append(name)
         return True
 
     def moved(self, node: ast.Call) -> ast.expr | None:
@@ -405,9 +420,9 @@ class _Marker:
             return None
         callee = node.func
         if isinstance(callee, ast.Attribute) and callee.attr in _MOVE_METHODS:
-            if self.context.resolve(callee) is UNKNOWN:
+            if self.resolve(callee) is UNKNOWN:
                 return callee.value
-        target = self.context.resolve(callee)
+        target = self.resolve(callee)
         operator = self.context.table.find_callable(target) if target is not UNKNOWN and _hashable(target) else None
         if operator is None or operator.kind != "move" or not node.args or isinstance(node.args[0], ast.Starred):
             return None
@@ -445,18 +460,25 @@ class _Marker:
         """Place the quantizers of local names at their definitions, then name everything in source order."""
         for frame in self.done:
             self.frames = [frame]
-            pending = list(frame.operands)
-            seen = set(pending)
-            while pending:
-                name = pending.pop(0)
-                for definition in frame.definitions.get(name, ()):
-                    self._place(name, definition, frame)
-                fresh = [other for other in frame.operands if other not in seen]
-                seen.update(fresh)
-                pending += fresh
+            self._place_all(frame)
         self.marks.sites = sorted(self.placed, key=lambda site: (site.line, site.column))
         name_sites(self.marks.sites)
         return self.marks
+
+    def _place_all(self, frame: Frame) -> None:
+        """Place quantizers at the definitions that arrive at an operand; moved data may lead on to other names."""
+        body = frame.node.body if isinstance(frame.node.body, list) else [frame.node.body]
+        placed: set[tuple[int, str]] = set()
+        known = -1
+        while frame.operands and known != len(frame.reads):
+            known = len(frame.reads)
+            reached = Liveness(frame.reads).reached(body, frame.node.args, list(frame.operands))
+            for name in list(frame.operands):
+                for definition in frame.definitions.get(name, ()):
+                    key = id(definition.node), name
+                    if key in reached and key not in placed:
+                        placed.add(key)
+                        self._place(name, definition, frame)
 
     def _place(self, name: str, definition: Definition, frame: Frame) -> None:
         use = frame.operands[name]

@@ -21,6 +21,7 @@ import torch
 import torch.utils._pytree
 import torch.utils.checkpoint
 
+from fastforward.autoquant.inference import Inference
 from fastforward.autoquant.marks import UNKNOWN, Context, Marks, Resolver, mark
 from fastforward.autoquant.optable import OperatorTable, default_table
 from fastforward.autoquant.rewrite import SCOPE, rewrite
@@ -82,6 +83,11 @@ class Unit:
     static_calls: dict[int, types.FunctionType] = field(default_factory=dict)
     self_calls: dict[int, str] = field(default_factory=dict)
     metadata: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether this is the function a decorator put around another (``functools.wraps`` gave it that one's name)."""
+        return self.original.co_name != self.callee
 
     @functools.cached_property
     def _repeated(self) -> Counter[str]:
@@ -198,7 +204,7 @@ class Engine:
         located = locate(function)
         node, tree = _clone_in_place(located)
         resolve = resolver(function)
-        marks = mark(node, self.context(function, located, resolve))
+        marks = mark(node, self.context(node, located, resolve))
         calls = _numbered_calls(node, marks)
         statics = _static_calls(calls, resolve, self)
         unit = Unit(
@@ -217,9 +223,10 @@ class Engine:
         self._remember(code, unit)
         return unit
 
-    def context(self, function: types.FunctionType, located: Located, resolve: Resolver) -> Context:
-        """What marking asks about the world around ``function``."""
-        return Context(self.table, resolve, self.treat_call, pragmas=_pragmas(located.file.text))
+    def context(self, node: FunctionNode, located: Located, resolve: Resolver) -> Context:
+        """What marking asks about the world around the function ``node``."""
+        inference = Inference(node, lambda name: None if (found := resolve(name)) is UNKNOWN else found)
+        return Context(self.table, resolve, self.treat_call, inference.may_be_tensor, _pragmas(located.file.text))
 
     def _remember(self, original: types.CodeType, unit: Unit) -> None:
         self._units[id(original)] = original, unit

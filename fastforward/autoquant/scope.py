@@ -207,9 +207,10 @@ class Scope:
         unit = self.engine.unit(function)
         if unit is None:
             return None
-        scope = self._ancestor(unit) or Scope(
-            self.engine, unit, self.owner, self, unit.callee, self.unit.call_path(number)
-        )
+        # A decorator's wrapper and what it wraps are one function to the user.
+        wrapped = self.unit.is_wrapper and unit.callee == self.unit.callee
+        callee, path = ("", ()) if wrapped else (unit.callee, self.unit.call_path(number))
+        scope = self._ancestor(unit) or Scope(self.engine, unit, self.owner, self, callee, path)
         self.children[key] = scope
         return scope
 
