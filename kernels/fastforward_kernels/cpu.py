@@ -21,7 +21,7 @@ Parameter = Tensor | float
 
 def scratch(slot: int, like: Tensor) -> Tensor:
     """Return this thread's float32 buffer number ``slot``, viewed with the shape of ``like``."""
-    buffers: dict[int, Tensor] = SCRATCH.__dict__
+    buffers: dict[Any, Tensor] = SCRATCH.__dict__
     size = like.numel()
     buffer = buffers.get(slot)
     if buffer is None or buffer.numel() < size:
@@ -41,18 +41,22 @@ class Sweep:
         self.layout = tiling.layout(self.shape, tuple(tile))
         self.tile = tile
 
-    def parameter(self, name: str, value: Tensor) -> Parameter:
+    def number(self, name: str, value: Tensor) -> Parameter:
         """Return one number as a float, and one per block as a float32 tensor that broadcasts against the view."""
-        value = value.detach()
+        return float(value) if value.numel() == 1 else self.factor(name, value)
+
+    def factor(self, name: str, value: Tensor) -> Tensor:
+        """Return the float32 tensor that broadcasts against the view; ATen multiplies fastest by one without axes."""
+        value = value.detach().to(torch.float32)
         if value.numel() == 1:
-            return float(value)
+            return value.reshape(())
         tiling.check_parameter(name, value.numel(), self.layout.blocks, self.original, self.tile)
         if self.order is not None:
             grid = [0] * len(self.order)
             for position, dim in enumerate(self.order):
                 grid[dim] = self.layout.grid[position]
             value = value.reshape(grid).permute(self.order)
-        return value.reshape(self.layout.parameters).to(torch.float32)
+        return value.reshape(self.layout.parameters)
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return ``tensor`` in the layout's shape; a copy if its memory is not in that order."""
@@ -89,21 +93,18 @@ def _chunks(tensors: list[Tensor], parameters: list[Parameter]) -> Iterator[list
     pieces: list[Any] = [tensor.split(rows_at_once) for tensor in tensors]
     count = len(pieces[0])
     for parameter in parameters:
-        whole = isinstance(parameter, float) or parameter.shape[0] == 1
-        pieces.append([parameter] * count if whole else parameter.split(rows_at_once))  # type: ignore[union-attr]
+        if isinstance(parameter, float) or not parameter.dim() or parameter.shape[0] == 1:
+            pieces.append([parameter] * count)
+        else:
+            pieces.append(parameter.split(rows_at_once))
     for piece in zip(*pieces, strict=True):
         yield list(piece)
 
 
 def _row(parameter: Parameter, index: int) -> Parameter:
-    if isinstance(parameter, float):
+    if isinstance(parameter, float) or not parameter.dim():
         return parameter
     return parameter[index if parameter.shape[0] > 1 else 0]
-
-
-def inverse(scale: Parameter) -> Parameter:
-    """Return ``1 / scale`` rounded to float32 (a double quotient rounds to the same float)."""
-    return 1.0 / scale if isinstance(scale, float) else scale.reciprocal()
 
 
 def fake_quantize(
@@ -115,6 +116,7 @@ def fake_quantize(
     tile: Sequence[int],
     gradient_scale: float = 1.0,
 ) -> Tensor:
+    """See :func:`reference.fake_quantize`."""
     del gradient_scale
     out = torch.empty_like(x)
     fake_quantize_out(x, scale, zero_point, qmin, qmax, tile, out)
@@ -129,16 +131,23 @@ def fake_quantize_out(
         return
     sweep = Sweep(tuple(x.shape), tile, like=out)
     s, low, high = _grid(sweep, scale, zero_point, qmin, qmax)
+    if not tile and x.numel() <= CHUNK and sweep.order is None:
+        _round_to_grid(x, out, s.reciprocal(), low, high, s)
+        return
     target = sweep.view(out)
-    direct = x.dtype == torch.float32
-    for piece, result, inv, lo, hi, step in sweep.chunks([sweep.view(x), target], [inverse(s), low, high, s]):
-        buffer = result if direct else scratch(0, piece).copy_(piece)
-        torch.mul(piece if direct else buffer, inv, out=buffer)
-        torch.clamp(buffer.round_(), lo, hi, out=buffer)
-        buffer.mul_(step)
-        if not direct:
-            result.copy_(buffer)
+    for piece in sweep.chunks([sweep.view(x), target], [s.reciprocal(), low, high, s]):
+        _round_to_grid(*piece)
     _write_back(sweep, out, target)
+
+
+def _round_to_grid(x: Tensor, out: Tensor, inverse: Tensor, low: Parameter, high: Parameter, scale: Tensor) -> None:
+    if x.dtype == torch.float32 == out.dtype:
+        torch.mul(x, inverse, out=out)
+        torch.clamp(out.round_(), low, high, out=out)  # type: ignore[arg-type]
+        out.mul_(scale)
+        return
+    buffer = scratch(0, x).copy_(x).mul_(inverse).round_()
+    out.copy_(torch.clamp(buffer, low, high, out=buffer).mul_(scale))  # type: ignore[arg-type]
 
 
 def _write_back(sweep: Sweep, out: Tensor, target: Tensor) -> None:
@@ -147,17 +156,16 @@ def _write_back(sweep: Sweep, out: Tensor, target: Tensor) -> None:
         (out if sweep.order is None else out.permute(sweep.order)).copy_(target.view(sweep.shape))
 
 
-def _grid(
-    sweep: Sweep, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
-) -> tuple[Parameter, Parameter, Parameter]:
+def _grid(sweep: Sweep, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Parameter, Parameter]:
     """Return scale and the clipping bounds with the zero point taken off, so that no pass is spent on it."""
-    z = sweep.parameter("zero_point", torch.round(zero_point) if zero_point.is_floating_point() else zero_point)
-    return sweep.parameter("scale", scale), qmin - z, qmax - z
+    z = sweep.number("zero_point", torch.round(zero_point) if zero_point.is_floating_point() else zero_point)
+    return sweep.factor("scale", scale), qmin - z, qmax - z
 
 
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, tile: Sequence[int]
 ) -> Tensor:
+    """See :func:`reference.fake_quantize_backward`."""
     out = torch.empty_like(x)
     if not x.numel():
         return out
@@ -166,7 +174,7 @@ def fake_quantize_backward(
     bounds = _open_interval(low, high)
     views = [sweep.view(tensor) for tensor in (x, grad, out)]
     direct = x.dtype == grad.dtype == torch.float32
-    for piece, g, result, inv, lo, hi in sweep.chunks(views, [inverse(s), low, high]):
+    for piece, g, result, inv, lo, hi in sweep.chunks(views, [s.reciprocal(), low, high]):
         v = scratch(0, piece)
         torch.mul(piece if direct else v.copy_(piece), inv, out=v)
         buffer = result if direct else scratch(1, g)
@@ -214,11 +222,11 @@ def fake_quantize_lsq_backward(
     if x.numel():
         target = sweep.view(out)
         views = [sweep.view(x), sweep.view(grad), target]
-        for piece in sweep.chunks(views, [inverse(s), low, high, sums[0], sums[1]]):
+        for piece in sweep.chunks(views, [s.reciprocal(), low, high, sums[0], sums[1]]):
             _lsq_chunk(*piece)
         if target.data_ptr() != out.data_ptr():
             out.copy_(target.view(x.shape))
-    to_zero_point = sums[1] * -s
+    to_zero_point = sums[1] * -s.double()
     return out, _per_parameter(sums[0], scale), _per_parameter(to_zero_point, zero_point)
 
 
@@ -226,7 +234,7 @@ def _lsq_chunk(
     x: Tensor,
     grad: Tensor,
     result: Tensor,
-    inv: Parameter,
+    inv: Tensor,
     low: Parameter,
     high: Parameter,
     to_scale: Tensor,
@@ -251,13 +259,14 @@ def _per_parameter(sums: Tensor, parameter: Tensor) -> Tensor:
 
 
 def fake_quantize_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, tile: Sequence[int]) -> Tensor:
+    """See :func:`reference.fake_quantize_float8`."""
     out = torch.empty_like(x)
     if not x.numel():
         return out
     sweep = Sweep(tuple(x.shape), tile, like=out)
-    s = sweep.parameter("scale", scale)
+    s = sweep.factor("scale", scale)
     largest = torch.finfo(dtype).max
-    for piece, result, inv, step in sweep.chunks([sweep.view(x), sweep.view(out)], [inverse(s), s]):
+    for piece, result, inv, step in sweep.chunks([sweep.view(x), sweep.view(out)], [s.reciprocal(), s]):
         buffer = scratch(0, piece).copy_(piece).mul_(inv).clamp_(-largest, largest)
         result.copy_(buffer.copy_(buffer.to(dtype)).mul_(step))
     return out
@@ -266,6 +275,7 @@ def fake_quantize_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, tile: Seq
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype, tile: Sequence[int]
 ) -> Tensor:
+    """See :func:`reference.quantize`."""
     reference.refuse_nan(x)
     return quantize_finite(x, scale, zero_point, qmin, qmax, dtype, tile)
 
@@ -278,8 +288,8 @@ def quantize_finite(
     if not x.numel():
         return out
     sweep = Sweep(tuple(x.shape), tile)
-    s, z = sweep.parameter("scale", scale), sweep.parameter("zero_point", zero_point)
-    for piece, result, inv, zero in sweep.chunks([sweep.view(x), sweep.view(out)], [inverse(s), z]):
+    s, z = sweep.factor("scale", scale), sweep.number("zero_point", zero_point)
+    for piece, result, inv, zero in sweep.chunks([sweep.view(x), sweep.view(out)], [s.reciprocal(), z]):
         buffer = scratch(0, piece)
         torch.mul(piece if piece.dtype == torch.float32 else buffer.copy_(piece), inv, out=buffer)
         result.copy_(buffer.round_().add_(zero).clamp_(qmin, qmax))
@@ -289,12 +299,13 @@ def quantize_finite(
 def dequantize(
     q: Tensor, scale: Tensor, zero_point: Tensor | None, tile: Sequence[int], out_dtype: torch.dtype
 ) -> Tensor:
+    """See :func:`reference.dequantize`."""
     out = torch.empty(q.shape, dtype=out_dtype)
     if not q.numel():
         return out
     sweep = Sweep(tuple(q.shape), tile)
-    s = sweep.parameter("scale", scale)
-    z = 0.0 if zero_point is None else sweep.parameter("zero_point", zero_point)
+    s = sweep.factor("scale", scale)
+    z = 0.0 if zero_point is None else sweep.number("zero_point", zero_point)
     for piece, result, step, zero in sweep.chunks([sweep.view(q), sweep.view(out)], [s, z]):
         buffer = result if out_dtype == torch.float32 else scratch(0, result)
         buffer.copy_(piece).sub_(zero).mul_(step)
@@ -304,6 +315,7 @@ def dequantize(
 
 
 def min_max(x: Tensor, tile: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """See :func:`reference.min_max`."""
     if tile or not x.numel():
         return reference.min_max(x, tile)
     low, high = torch.aminmax(x)
@@ -311,6 +323,7 @@ def min_max(x: Tensor, tile: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def histogram(x: Tensor, low: float, high: float, bins: int) -> Tensor:
+    """See :func:`reference.histogram`."""
     if not low < high or bins < 1:
         return reference.histogram(x, low, high, bins)  # explains what is wrong
     reference.refuse_nan(x)

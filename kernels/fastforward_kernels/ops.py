@@ -4,7 +4,7 @@ Parameters (``scale`` float32, ``zero_point`` int32) hold one number, or one for
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastforward_kernels import cpu, reference, tiling
 from fastforward_kernels.library import LIBRARY, NAMESPACE, define
+
+GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile"
 
 
 def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -33,24 +35,22 @@ def _shape_block_pair(x: Tensor, tile: Sequence[int]) -> tuple[Tensor, Tensor]:
     return x.new_empty(blocks), x.new_empty(blocks)
 
 
-FAKE_QUANTIZE = define(
-    "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile, "
-    "float gradient_scale=1.0) -> Tensor",
+FAKE_QUANTIZE: Callable[..., Tensor] = define(
+    f"fake_quantize(Tensor x, {GRID}, float gradient_scale=1.0) -> Tensor",
     reference=reference.fake_quantize,
     cpu=cpu.fake_quantize,
     triton="fake_quantize:fake_quantize",
     fake=_like_first,
 )
-FAKE_QUANTIZE_BACKWARD = define(
-    "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile) -> Tensor",
+FAKE_QUANTIZE_BACKWARD: Callable[..., Tensor] = define(
+    f"fake_quantize_backward(Tensor grad, Tensor x, {GRID}) -> Tensor",
     reference=reference.fake_quantize_backward,
     cpu=cpu.fake_quantize_backward,
     triton="fake_quantize:fake_quantize_backward",
     fake=_like_second,
 )
 FAKE_QUANTIZE_LSQ_BACKWARD = define(
-    "fake_quantize_lsq_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"fake_quantize_lsq_backward(Tensor grad, Tensor x, {GRID}) -> (Tensor, Tensor, Tensor)",
     reference=reference.fake_quantize_lsq_backward,
     cpu=cpu.fake_quantize_lsq_backward,
     triton="fake_quantize:fake_quantize_lsq_backward",
@@ -61,44 +61,44 @@ FAKE_QUANTIZE_LSQ_BACKWARD = define(
     ),
 )
 FAKE_QUANTIZE_WITH_MASK = define(
-    "fake_quantize_with_mask(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile) -> (Tensor, Tensor)",
+    f"fake_quantize_with_mask(Tensor x, {GRID}) -> (Tensor, Tensor)",
     reference=reference.fake_quantize_with_mask,
     triton="fake_quantize:fake_quantize_with_mask",
     fake=lambda x, *_: (torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)),
 )
-APPLY_MASK = define(
+APPLY_MASK: Callable[..., Tensor] = define(
     "apply_mask(Tensor grad, Tensor mask) -> Tensor",
     reference=lambda grad, mask: reference.like(reference.apply_mask(grad, mask), grad),
     triton="fake_quantize:apply_mask",
     fake=_like_first,
 )
-FAKE_QUANTIZE_OUT = define(
-    "fake_quantize_out(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile, Tensor(a!) out) -> ()",
+FAKE_QUANTIZE_OUT: Callable[..., Tensor] = define(
+    f"fake_quantize_out(Tensor x, {GRID}, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(reference.fake_quantize(*args[:-1])) and None,
     cpu=cpu.fake_quantize_out,
     fake=lambda *_: None,
 )
-FAKE_QUANTIZE_FLOAT8 = define(
+FAKE_QUANTIZE_FLOAT8: Callable[..., Tensor] = define(
     "fake_quantize_float8(Tensor x, Tensor scale, ScalarType dtype, int[] tile) -> Tensor",
     reference=reference.fake_quantize_float8,
     cpu=cpu.fake_quantize_float8,
     triton="float8_grid:fake_quantize_float8",
     fake=_like_first,
 )
-QUANTIZE_FLOAT8 = define(
+QUANTIZE_FLOAT8: Callable[..., Tensor] = define(
     "quantize_float8(Tensor x, Tensor scale, ScalarType dtype, int[] tile) -> Tensor",
     reference=reference.quantize_float8,
     triton="float8_grid:quantize_float8",
     fake=_shape_quantize,
 )
-QUANTIZE = define(
+QUANTIZE: Callable[..., Tensor] = define(
     "quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype, int[] tile) -> Tensor",
     reference=reference.quantize,
     cpu=cpu.quantize,
     triton="fake_quantize:quantize",
     fake=_shape_quantize,
 )
-DEQUANTIZE = define(
+DEQUANTIZE: Callable[..., Tensor] = define(
     "dequantize(Tensor q, Tensor scale, Tensor? zero_point, int[] tile, ScalarType out_dtype) -> Tensor",
     reference=reference.dequantize,
     cpu=cpu.dequantize,
@@ -112,7 +112,7 @@ MIN_MAX = define(
     triton="observe:min_max",
     fake=_shape_block_pair,
 )
-HISTOGRAM = define(
+HISTOGRAM: Callable[..., Tensor] = define(
     "histogram(Tensor x, float low, float high, int bins) -> Tensor",
     reference=reference.histogram,
     cpu=cpu.histogram,
@@ -219,7 +219,8 @@ def _fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, tile: list[int], gradient_scale: float
 ) -> Tensor:
     if x.is_cuda and x.requires_grad and not (scale.requires_grad or zero_point.requires_grad):
-        return FAKE_QUANTIZE_WITH_MASK(x, scale, zero_point, qmin, qmax, tile)[0]  # keeps 1 bit an element for backward
+        kept: Tensor = FAKE_QUANTIZE_WITH_MASK(x, scale, zero_point, qmin, qmax, tile)[0]
+        return kept  # keeps 1 bit an element for backward
     return FAKE_QUANTIZE(x, scale, zero_point, qmin, qmax, tile, gradient_scale)
 
 
@@ -242,7 +243,7 @@ def fake_quantize_out(
 def fake_quantize_float8(
     x: Tensor, scale: Tensor, dtype: torch.dtype, axis: int | None = None, group_size: int | None = None
 ) -> Tensor:
-    """Round ``x / scale`` to a float8 format, saturating, and scale back; straight-through gradient inside the range."""
+    """Round ``x / scale`` to a float8 format, saturating, and scale back; straight-through gradient inside."""
     return FAKE_QUANTIZE_FLOAT8(x, scale, dtype, tiling.tile_for(x.dim(), axis, group_size))
 
 
@@ -302,5 +303,5 @@ def _parameter_shape(x: Tensor, axis: int | None, group_size: int | None) -> lis
 
 
 def histogram(x: Tensor, low: float, high: float, bins: int = 2048) -> Tensor:
-    """Count the values of ``x`` in equal bins from ``low`` to ``high``: int64 ``[bins]``; the end bins take the rest."""
+    """Count the values of ``x`` in equal bins from ``low`` to ``high`` (the end bins take the rest): int64 [bins]."""
     return HISTOGRAM(x, low, high, bins)

@@ -1,8 +1,8 @@
 """Plain torch: the definition of what the elementwise and observing kernels must return. Slow, and right.
 
-``q = clamp(rint(x * (1 / scale)) + zero_point, qmin, qmax)`` and ``x_hat = (q - zero_point) * scale``, in float32 whatever
-the data type, then rounded once to it: bit-equal to ``torch.fake_quantize_per_tensor_affine``, its per-channel form and
-``torch.quantize_per_tensor`` for finite values below 2**31 scales (larger ones saturate here; ATen's conversion to
+``q = clamp(rint(x * (1 / scale)) + zero_point, qmin, qmax)`` and ``x_hat = (q - zero_point) * scale``, in float32
+whatever the data type, then rounded once to it: bit-equal to ``torch.fake_quantize_per_tensor_affine``, its
+per-channel form and ``torch.quantize_per_tensor`` for finite values below 2**31 scales (larger ones saturate here; ATen's conversion to
 integers wraps around). NaN goes through fake quantization and is refused by integer quantization.
 """
 
@@ -146,7 +146,7 @@ def refuse_nan(x: Tensor) -> None:
         return
     count = int(x.isnan().sum())
     if count:
-        msg = f"{count} of {x.numel()} values are NaN, which no integer stands for; find where they arise before quantizing"
+        msg = f"{count} of {x.numel()} values are NaN, which no integer stands for; find out where they arise"
         raise ValueError(msg)
 
 
@@ -171,7 +171,7 @@ def min_max(x: Tensor, tile: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def histogram(x: Tensor, low: float, high: float, bins: int) -> Tensor:
-    """Count values in ``bins`` equal bins from ``low`` to ``high``: int64 [bins]; values outside fall in the end bins."""
+    """Count values in equal bins from ``low`` to ``high`` (the end bins take values outside): int64 [bins]."""
     if not low < high or bins < 1:
         msg = f"a histogram needs low < high and at least one bin, got low={low}, high={high}, bins={bins}"
         raise ValueError(msg)

@@ -1,7 +1,7 @@
 """Which elements share parameters: a tile per axis in, the smallest equivalent view out. Integers only.
 
-A *tile* gives the block length along every axis: ``[1, -1]`` is per row (``-1`` is the whole axis), ``[1, 32]`` groups of
-32 along the last axis, ``[]`` the whole tensor. Blocks are numbered in row-major order of their grid.
+A *tile* gives the block length along every axis: ``[1, -1]`` is per row (``-1`` is the whole axis), ``[1, 32]``
+groups of 32 along the last axis, ``[]`` the whole tensor. Blocks are numbered in row-major order of their grid.
 """
 
 import functools
