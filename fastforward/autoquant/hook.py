@@ -122,10 +122,11 @@ def prepare_module(module: types.ModuleType, options: HookOptions) -> None:
     options.prepared.add(module.__name__)
     if "torch" not in sys.modules:
         return
-    from fastforward.autoquant import prepare
+    from fastforward.autoquant.bind import bound_engine, prepare
 
     for name, value in _definitions(module):
-        if not options.covers(f"{module.__name__}.{name}"):
+        # A decorator in the source is nearer than the hook: its options stay.
+        if not options.covers(f"{module.__name__}.{name}") or bound_engine(value) is not None:
             continue
         try:
             prepare(value, operator_table=options.operator_table, replacement_patterns=options.replacement_patterns)
@@ -135,7 +136,7 @@ def prepare_module(module: types.ModuleType, options: HookOptions) -> None:
 
 
 def _definitions(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
-    """The functions and ``nn.Module`` classes defined in ``module``, nested classes too, each once."""
+    """The named functions and ``nn.Module`` classes defined in ``module``, nested classes too, each once."""
     import torch
 
     pending = list(vars(module).values())
@@ -149,7 +150,7 @@ def _definitions(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
             pending += [member for member in vars(value).values() if isinstance(member, type)]
             if issubclass(value, torch.nn.Module):
                 yield value.__qualname__, value
-        elif isinstance(value, types.FunctionType):
+        elif isinstance(value, types.FunctionType) and value.__name__ != "<lambda>":
             yield value.__qualname__, value
 
 
@@ -213,17 +214,18 @@ class quantize_imports:  # noqa: N801  (used as a function)
 
 
 def _check_names(packages: Sequence[str], exclude: Sequence[str]) -> None:
-    from typeguard import TypeCheckError, check_type
+    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
     if not packages:
         msg = "quantize_imports needs the name of at least one package"
         raise ValueError(msg)
     try:
-        check_type((*packages, *exclude), tuple[str, ...])
+        names = (*packages, *exclude)
+        check_type(names, tuple[str, ...], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError as error:
         msg = f"quantize_imports takes the names of packages as strings: {error}"
         raise TypeError(msg) from error
-    for name in (*packages, *exclude):
+    for name in names:
         if not name or name.startswith("."):
             msg = f"quantize_imports needs absolute names of packages, not {name!r}"
             raise ValueError(msg)
