@@ -1,7 +1,7 @@
 """Options bound to classes and functions: what the decorator and the import hook do.
 
-Both read and verify the source while it is certainly the code that runs, and remember the options; nothing is rewritten yet, because the
-module may still be half imported.
+Both read and verify the source while it is certainly the code that runs, and remember the options; nothing is rewritten
+yet, because the module may still be half imported.
 """
 
 import types
@@ -75,13 +75,15 @@ def prepare(
 def _source_of(obj: Any) -> types.FunctionType | None:
     if isinstance(obj, type):
         if not issubclass(obj, torch.nn.Module):
-            msg = f"quantizable: {obj.__module__}.{obj.__qualname__} is no torch.nn.Module; decorate a module class or a function"
+            name = f"{obj.__module__}.{obj.__qualname__}"
+            msg = f"quantizable: {name} is no torch.nn.Module; decorate a module class or a function"
             raise TypeError(msg)
         forward = obj.forward
         if getattr(forward, "__name__", "") == "_forward_unimplemented":
             return None
         if not isinstance(forward, types.FunctionType):
-            msg = f"quantizable: {obj.__module__}.{obj.__qualname__}.forward is a {type(forward).__name__}: no Python source"
+            name = f"{obj.__module__}.{obj.__qualname__}"
+            msg = f"quantizable: {name}.forward is a {type(forward).__name__}: no Python source"
             raise AutoquantError(msg)
         return forward
     if not isinstance(obj, types.FunctionType):
@@ -92,7 +94,8 @@ def _source_of(obj: Any) -> types.FunctionType | None:
         msg = f"quantizable: expected a module class or a function, got {kind}"
         raise TypeError(msg)
     if obj.__name__ == "<lambda>":
-        msg = f"quantizable: {obj.__code__.co_filename}:{obj.__code__.co_firstlineno} is a lambda; give it a name with def"
+        place = f"{obj.__code__.co_filename}:{obj.__code__.co_firstlineno}"
+        msg = f"quantizable: {place} is a lambda; give it a name with def"
         raise AutoquantError(msg)
     return obj
 
@@ -141,7 +144,11 @@ def quantizable(
         ...     def forward(self, x):
         ...         return x + 1
     """
-    options = {"operator_table": operator_table, "replacement_patterns": replacement_patterns, "skip": skip}
+    options: dict[str, Any] = {
+        "operator_table": operator_table,
+        "replacement_patterns": replacement_patterns,
+        "skip": skip,
+    }
     if obj is None:
         return lambda decorated: prepare(decorated, **options)
     return prepare(obj, **options)

@@ -1,7 +1,7 @@
 """Which definitions of a local name can reach an operand: a backward pass over the statements of one function.
 
-In come a function body and the reads that matter; out go the definitions whose value may arrive at one of them. In doubt
-(exceptions, suppressed or not) a definition counts as arriving.
+In come a function body and the reads that matter; out go the definitions whose value may arrive at one of them. In
+doubt (exceptions, suppressed or not) a definition counts as arriving.
 """
 
 import ast
@@ -42,7 +42,7 @@ class Liveness:
 
     def statement(self, node: ast.AST, live: Live) -> Live:
         method = getattr(self, f"at_{type(node).__name__}", None)
-        return method(node, live) if method is not None else self.expression(node, live)  # type: ignore[no-any-return]
+        return method(node, live) if method is not None else self.expression(node, live)
 
     def expression(self, node: ast.AST | None, live: Live) -> Live:
         """Reads, and walrus definitions, of an expression or simple statement."""

@@ -26,18 +26,22 @@ CallKind = Literal["operator", "call", "locals"]
 
 # Methods of tensors that return no floating tensor or the same values; a call of these is left as it is.
 _PLAIN_METHODS = frozenset(
-    "size dim numel item tolist stride storage_offset is_contiguous element_size data_ptr nelement ndimension get_device "
-    "append extend insert items keys values startswith endswith format join lower upper strip replace get pop update "
-    "setdefault index count sort reverse clear is_floating_point is_complex new_zeros new_ones new_full new_empty new_tensor "
-    "named_parameters named_modules named_children parameters modules children warning warning_once info debug error add_argument "
-    "register_buffer register_forward_hook cpu cuda requires_grad_ zero_ fill_ copy_ uniform_ normal_ bool int long".split()
+    """
+    size dim numel item tolist stride storage_offset is_contiguous element_size data_ptr nelement ndimension get_device
+    append extend insert items keys values startswith endswith format join lower upper strip replace get pop update
+    setdefault index count sort reverse clear is_floating_point is_complex bool int long cpu cuda
+    new_zeros new_ones new_full new_empty new_tensor requires_grad_ zero_ fill_ copy_ uniform_ normal_
+    named_parameters named_modules named_children parameters modules children register_buffer register_forward_hook
+    warning warning_once info debug error
+    """.split()  # noqa: SIM905 - one word a method reads better than a column of strings
 )
 # Tensor methods that only move data and that no ordinary object has: left as they are, whatever the receiver is called.
 _MOVE_METHODS = frozenset(
-    "view reshape transpose permute contiguous unsqueeze squeeze flatten expand expand_as view_as reshape_as detach type_as to "
-    "chunk unbind movedim swapaxes narrow t float half bfloat16 double".split()
+    """
+    view reshape transpose permute contiguous unsqueeze squeeze flatten expand expand_as view_as reshape_as detach
+    type_as to chunk unbind movedim swapaxes narrow t float half bfloat16 double
+    """.split()  # noqa: SIM905
 )
-_FRAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
 class Definition(NamedTuple):
@@ -67,7 +71,7 @@ class Frame:
 
 
 class CallMark(NamedTuple):
-    """What happens to a call: its kind, the output site (``None`` for an operator without one) and the call's number."""
+    """What happens to a call: its kind, the site of its result if it has one, its number, and its operator if known."""
 
     kind: CallKind
     site: Site | None
@@ -266,7 +270,9 @@ class _Marker:
         operator = self.context.table.find_binary(type(node.op).__name__)
         if operator is None or not (self.context.may_be_tensor(node.left) or self.context.may_be_tensor(node.right)):
             return
-        if any(isinstance(side, ast.Constant) and isinstance(side.value, (str, bytes)) for side in (node.left, node.right)):
+        if any(
+            isinstance(side, ast.Constant) and isinstance(side.value, (str, bytes)) for side in (node.left, node.right)
+        ):
             return
         for side, parameter in zip((node.left, node.right), operator.parameters, strict=False):
             self.operand(side, operator, parameter.name)
@@ -298,7 +304,10 @@ class _Marker:
             self.operands(node, operator, method=kind == "method")
             site = self.output(node, operator)
         self.marks.calls[id(node)] = CallMark(
-            "operator" if kind == "operator" else "locals" if kind == "locals" else "call", site, self.marks.call_count, operator
+            "operator" if kind == "operator" else "locals" if kind == "locals" else "call",
+            site,
+            self.marks.call_count,
+            operator,
         )
         self.marks.call_count += 1
         self.marks.keep.append(node)
@@ -331,7 +340,9 @@ class _Marker:
             return self.context.treat_call(target), None
         if operator.kind == "move":
             return "leave", None
-        if any(isinstance(argument, ast.Starred) for argument in node.args) or any(k.arg is None for k in node.keywords):
+        if any(isinstance(argument, ast.Starred) for argument in node.args) or any(
+            k.arg is None for k in node.keywords
+        ):
             return "call", None
         return "operator", operator
 
@@ -345,7 +356,9 @@ class _Marker:
             return "call", None
         if callee.attr.endswith("_"):  # in place: the result is the receiver, which keeps its identity
             return "call", None
-        if any(isinstance(argument, ast.Starred) for argument in node.args) or any(k.arg is None for k in node.keywords):
+        if any(isinstance(argument, ast.Starred) for argument in node.args) or any(
+            k.arg is None for k in node.keywords
+        ):
             return "call", None
         return "method", operator
 
@@ -385,7 +398,7 @@ class _Marker:
             self.quantize_inline(expression, use)
 
     def governed(self, expression: ast.expr, use: Use) -> bool:
-        """Whether a quantizer elsewhere governs ``expression``; a local name is noted so that its definitions get one."""
+        """Whether a quantizer elsewhere governs ``expression``; a local name is noted: its definitions will get one."""
         if isinstance(expression, (ast.Constant, ast.Starred)) or not self.context.may_be_tensor(expression):
             return True
         if id(expression) in self.marks.outputs:
@@ -419,9 +432,8 @@ class _Marker:
         if id(node) in self.marks.calls:
             return None
         callee = node.func
-        if isinstance(callee, ast.Attribute) and callee.attr in _MOVE_METHODS:
-            if self.resolve(callee) is UNKNOWN:
-                return callee.value
+        if isinstance(callee, ast.Attribute) and callee.attr in _MOVE_METHODS and self.resolve(callee) is UNKNOWN:
+            return callee.value
         target = self.resolve(callee)
         operator = self.context.table.find_callable(target) if target is not UNKNOWN and _hashable(target) else None
         if operator is None or operator.kind != "move" or not node.args or isinstance(node.args[0], ast.Starred):
@@ -547,7 +559,9 @@ def _scan_node(node: ast.AST, frame: Frame) -> None:
         frame.inline_only.update(node.names)
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         frame.locals.add(node.name)
-        frame.inline_only.update(name for inner in ast.walk(node) if isinstance(inner, ast.Nonlocal) for name in inner.names)
+        frame.inline_only.update(
+            name for inner in ast.walk(node) if isinstance(inner, ast.Nonlocal) for name in inner.names
+        )
         return
     elif isinstance(node, ast.Lambda):
         return

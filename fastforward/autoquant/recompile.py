@@ -1,11 +1,12 @@
 """From a live function to its rewritten form: locate, mark, rewrite, compile, and bind to a scope.
 
-An :class:`Engine` holds what rewriting depends on (operator table, patterns) and caches one :class:`Unit` per code object.
+An :class:`Engine` holds what rewriting depends on (operator table, patterns), and one :class:`Unit` per code object.
 """
 
 import builtins
 import dis
 import functools
+import importlib
 import linecache
 import os
 import re
@@ -47,7 +48,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 # Python code of torch that models run as part of their own forward pass; the rest of torch is left alone.
 _TORCH_REWRITTEN = tuple(
-    os.path.join(_TORCH, part) for part in (f"nn{os.sep}modules", f"nn{os.sep}functional.py", f"nn{os.sep}utils", "functional.py")
+    os.path.join(_TORCH, part)
+    for part in (f"nn{os.sep}modules", f"nn{os.sep}functional.py", f"nn{os.sep}utils", "functional.py")
 ) + (os.path.join(_TORCH, "utils", "_contextlib.py"),)
 _ARITHMETIC = frozenset(
     number
@@ -71,6 +73,7 @@ class Unit:
         call_sites: For each numbered call, the site of its result if it turns out to be the operator it looks like.
         static_calls: Numbered calls whose callee is a function known from the source.
         self_calls: Numbered calls of the form ``self.name(...)``.
+        dispatch: Output site -> the function that a custom operator table gives for the operator.
     """
 
     original: types.CodeType
@@ -82,6 +85,7 @@ class Unit:
     call_sites: list[int | None] = field(default_factory=list)
     static_calls: dict[int, types.FunctionType] = field(default_factory=dict)
     self_calls: dict[int, str] = field(default_factory=dict)
+    dispatch: dict[int, Any] = field(default_factory=dict)
     metadata: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -169,6 +173,8 @@ class Engine:
         """Whether a call of the known object ``target`` needs a look at run time."""
         if isinstance(target, types.FunctionType) and self.kind(target) != "plain":
             return "call"
+        if target is torch.backends.mha.get_fastpath_enabled:
+            return "call"
         if isinstance(target, (types.FunctionType, types.BuiltinFunctionType, type)):
             return "call" if target in self.higher_order else "leave"
         return "call"
@@ -216,6 +222,7 @@ class Engine:
             call_lines=[call.lineno for call in calls],
             call_sites=[site.index if (site := marks.calls[id(call)].site) is not None else None for call in calls],
             static_calls=statics,
+            dispatch=_dispatched(marks),
             self_calls={n: name for n, call in enumerate(calls) if (name := _self_method(call.func)) is not None},
         )
         rewrite(node, marks)
@@ -348,6 +355,22 @@ def _static_calls(calls: list[Any], resolve: Resolver, engine: Engine) -> dict[i
         if isinstance(target, types.FunctionType) and engine.is_known_helper(target):
             found[number] = target
     return found
+
+
+def _dispatched(marks: Marks) -> dict[int, Any]:
+    found = {}
+    for call in marks.calls.values():
+        target = call.operator.dispatch_op if call.operator is not None else None
+        if call.site is not None and target is not None:
+            found[call.site.index] = _resolve_dispatch(target)
+    return found
+
+
+def _resolve_dispatch(target: Any) -> Any:
+    if not isinstance(target, str):
+        return target
+    owner, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(owner or "fastforward.nn.functional"), name)
 
 
 def _last_name(callee: Any) -> str:

@@ -13,7 +13,7 @@ definition ``x = ...``     ``x = _ff.q(k, ...)``, or ``x = _ff.q(k, x)`` right a
 ``helper(x)``              ``_ff.call(n, helper, x)``
 =========================  ==========================================
 
-Every new node has the position of the one it replaces, so that tracebacks, breakpoints and coverage stay on the user's lines.
+Every new node has the position of the one it replaces: tracebacks, breakpoints and coverage stay on the user's lines.
 """
 
 import ast
@@ -118,7 +118,7 @@ class _Rewriter(ast.NodeTransformer):
         """Rewrite ``node`` and put its quantizer around it, if it has one."""
         site = self.marks.inline.get(id(node))
         method = getattr(self, f"visit_{type(node).__name__}", self.generic_visit)
-        new = method(node)
+        new: Any = method(node)
         return new if site is None else _scope_call(node, "q", site.index, new)
 
     def visit_FunctionDef(self, node: Any) -> Any:
@@ -156,7 +156,9 @@ class _Rewriter(ast.NodeTransformer):
         """Left as it is: see ``marks.py``."""
         return node
 
-    visit_Raise = visit_JoinedStr
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        """Left as it is: what is raised is no operand."""
+        return node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         marked, site = id(node) in self.marks.outputs, self.marks.outputs.get(id(node))
@@ -180,7 +182,10 @@ class _Rewriter(ast.NodeTransformer):
         if mark.kind == "locals":
             return _scope_call(node, "visible", mark.number, node)
         if mark.kind == "operator":
-            return node if mark.site is None else _wrap_call(node, "op", mark.site.index)
+            if mark.site is None:
+                return node
+            custom = mark.operator is not None and mark.operator.dispatch_op is not None
+            return _wrap_call(node, "dispatch" if custom else "op", mark.site.index)
         return _wrap_call(node, "call", mark.number)
 
 

@@ -1,8 +1,8 @@
 """The run-time side of one call path: which quantizers its sites use, and the scopes of the calls it makes.
 
-Rewritten code carries its scope in the keyword-only argument ``_ff``. A scope belongs to one module instance (its owner,
-which holds the stubs) and to one rewritten function; each call site in that function that reaches another rewritten function
-leads to a child scope. So different call paths have different quantizers, while loops and recursion share them.
+Rewritten code carries its scope in the keyword-only argument ``_ff``. A scope belongs to one module instance (its
+owner, which holds the stubs) and to one rewritten function; each call in that function that reaches another rewritten
+function leads to a child scope. So different call paths have different quantizers; loops and recursion share them.
 """
 
 import functools
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fastforward.autoquant.recompile import Engine, Unit
 
 SCOPES = "_ff_scopes"
-_STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT = range(5)
+# A function object made anew in each call (a closure) would otherwise be kept once per call.
+_CLOSURES_KEPT = 8
+_STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT = range(6)
 
 
 def apply(quantizer: Any, value: Any) -> Any:
@@ -42,7 +44,7 @@ class Scope:
         plan: For each site its active quantizer, or ``None`` while a stub stands there.
     """
 
-    __slots__ = ("calls", "children", "dynamic", "engine", "memo", "names", "owner", "parent", "plan", "unit")
+    __slots__ = ("bound", "calls", "children", "dynamic", "engine", "memo", "names", "owner", "parent", "plan", "unit")
 
     def __init__(
         self, engine: "Engine", unit: "Unit", owner: Any, parent: "Scope | None", callee: str, path: tuple[int, ...]
@@ -52,6 +54,7 @@ class Scope:
         self.children: dict[tuple[int, int], Scope] = {}
         self.dynamic: dict[tuple[int, str], DynamicOperator] = {}
         self.memo: dict[int, tuple[int, Any]] = {}
+        self.bound: dict[types.FunctionType, types.FunctionType] = {}
         self.names: tuple[str, ...] = ()
         self.plan: list[Any] = [None] * (len(unit.sites) + 1)
         if owner is not None:
@@ -109,6 +112,12 @@ class Scope:
             return function(*args, **kwargs)
         return apply(quantizer, function(*args, **kwargs))
 
+    def dispatch(self, index: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call the operator that the user's table gives for ``function``, with the quantizer of its result."""
+        operator = self.unit.dispatch[index]
+        quantizer = self.owner.__dict__.get(self.names[index]) if self.owner is not None else None
+        return operator(*args, output_quantizer=quantizer, **kwargs)
+
     def call(self, number: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call something whose nature is known only now."""
         if torch.compiler.is_compiling():
@@ -157,10 +166,20 @@ class Scope:
         kind = self.engine.kind(function)
         if kind == "helper":
             return self._helper(number, function, function, args, kwargs, _FUNCTION)
+        if function is torch.backends.mha.get_fastpath_enabled:
+            # A fast path computes whole layers in one operator: it must go once a quantizer below would be bypassed.
+            enabled = function() and not self._active_below()
+            self.memo[number] = _CONSTANT, enabled
+            return enabled
         if kind == "operator":
             return self._operator(number, self.engine.table.find_callable(function), function, args, kwargs)
         args, kwargs = self._pass_functions(number, function, args, kwargs)
         return function(*args, **kwargs)
+
+    def _active_below(self) -> bool:
+        if self.owner is None:
+            return False
+        return self.owner._stubs_live or next(self.owner.quantizers(), None) is not None
 
     def _method(self, number: int, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function, me = method.__func__, method.__self__
@@ -182,7 +201,7 @@ class Scope:
         python = getattr(function, "_torchdynamo_inline", None)  # what a scripted function was made from
         if python is not None:
             return self.resolve(number, python, args, kwargs)
-        call = getattr(type(function), "__call__", None)
+        call = getattr(type(function), "__call__", None)  # noqa: B004 - the function itself is wanted
         if type(call) is types.FunctionType and self.engine.kind(call) == "helper":
             return self._helper(number, function, call, (function, *args), kwargs, _OBJECT)
         return function(*args, **kwargs)
@@ -194,7 +213,11 @@ class Scope:
         if child is None:
             arguments = args if how == _FUNCTION else args[1:]
             return original(*arguments, **kwargs)
-        bound = self.engine.bind(function, child)
+        bound = child.bound.get(function)
+        if bound is None:
+            bound = self.engine.bind(function, child)
+            if len(child.bound) < _CLOSURES_KEPT:
+                child.bound[function] = bound
         self.memo[number] = how, bound
         return bound(*args, **kwargs)
 
@@ -269,6 +292,8 @@ class Scope:
             return what(function, args, kwargs)
         if how == _FUNCTION:
             return what(*args, **kwargs)
+        if how == _CONSTANT:
+            return what
         if how == _METHOD:
             return what(function.__self__, *args, **kwargs)
         return what(function, *args, **kwargs)
@@ -388,7 +413,7 @@ def _unary(name: str) -> Callable[..., Any]:
     return unary
 
 
-_BINARY = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()
+_BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"]
 for _name in [*_BINARY, *(f"i{name.rstrip('_')}" for name in _BINARY)]:
     setattr(Scope, _name, _binary(_name))
 for _name in ("neg", "pos", "invert"):

@@ -58,7 +58,7 @@ def name_sites(sites: Sequence[Site], taken: Iterable[str] = ()) -> None:
 
 
 def nested_name(callee: str, name: str, path: Sequence[int] = ()) -> str:
-    """The caller's name for the quantizer ``name`` of a helper: ``quantizer_<callee>_<rest>``, numbered if called again.
+    """The caller's name for a helper's quantizer: ``quantizer_<callee>_<rest>``, numbered if called again.
 
     >>> nested_name("inner_helper", "quantizer_sub", [1])
     'quantizer_inner_helper_sub_1'

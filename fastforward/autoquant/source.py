@@ -1,7 +1,7 @@
 """From a live function to its AST, verified: the code compiled from the file is the code that runs.
 
-In comes a function; out goes a :class:`Located` node, or a :class:`SourceMismatchError` that says why there is none. Files
-are parsed once per process and never changed: the rewriter works on clones.
+In comes a function; out goes a :class:`Located` node, or a :class:`SourceMismatchError` that says why there is none.
+Files are parsed once per process and never changed: the rewriter works on clones.
 """
 
 import __future__
@@ -81,8 +81,8 @@ def _locate(code: types.CodeType, file: SourceFile) -> Located:
             if compiled == code and qualname(compiled) == qualname(code):
                 return Located(file, candidate.node, candidate.chain, rank)
     msg = (
-        f"{describe(code)}: the source on disk is not the code that runs (edited since import, or rewritten by another tool). "
-        "Import the module again, or exclude it from that tool."
+        f"{describe(code)}: the source on disk is not the code that runs (edited since import, or rewritten by "
+        "another tool). Import the module again, or exclude it from that tool."
     )
     raise SourceMismatchError(msg)
 
@@ -99,14 +99,16 @@ def source_file(filename: str, module_globals: dict[str, Any] | None = None) -> 
     if known is not None and known.text == text:
         return known
     if not text:
-        msg = f"{filename}: no source available. Functions typed into `python -` or built by exec() cannot be rewritten."
+        msg = (
+            f"{filename}: no source available. Functions typed into `python -` or built by exec() cannot be rewritten."
+        )
         raise SourceMismatchError(msg)
     _files[filename] = parsed = _parse(filename, text)
     return parsed
 
 
 def _parse(filename: str, text: str) -> SourceFile:
-    # Parsing allocates a great many objects; a collection triggered in the middle would walk everything imported so far.
+    # Parsing allocates very many objects; a collection triggered in the middle would walk everything imported so far.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -161,12 +163,12 @@ def skeleton(node: ast.AST, chain: tuple[ast.AST, ...], imports: list[ast.stmt])
         if not isinstance(enclosing, ast.ClassDef):
             body, classes = enclosing, chain[:depth]
             break
-    statement = ast.copy_location(ast.Expr(body), body) if isinstance(body, ast.expr) else body
+    statement: Any = ast.copy_location(ast.Expr(body), body) if isinstance(body, ast.expr) else body
     for shell in reversed(classes):
         assert isinstance(shell, ast.ClassDef)
         fresh = ast.ClassDef(name=shell.name, bases=[], keywords=[], body=[statement], decorator_list=[])
         if hasattr(shell, "type_params"):
-            fresh.type_params = shell.type_params
+            fresh.type_params = shell.type_params  # type: ignore[attr-defined, unused-ignore]
         statement = ast.copy_location(fresh, shell)
     return ast.Module(body=[*imports, statement], type_ignores=[])
 
@@ -174,7 +176,8 @@ def skeleton(node: ast.AST, chain: tuple[ast.AST, ...], imports: list[ast.stmt])
 def compile_like(tree: ast.Module, code: types.CodeType) -> types.CodeType:
     """Compile ``tree`` under the file name and the ``__future__`` flags of ``code``."""
     flags = sum({flag for flag in _FUTURES.values() if code.co_flags & flag})
-    return compile(tree, code.co_filename, "exec", flags=flags, dont_inherit=True)
+    compiled: types.CodeType = compile(tree, code.co_filename, "exec", flags=flags, dont_inherit=True)
+    return compiled
 
 
 def nested_codes(module: types.CodeType, like: types.CodeType) -> list[types.CodeType]:
@@ -199,13 +202,13 @@ def describe(code: types.CodeType) -> str:
 
 
 def clone(node: Any, memo: dict[int, Any] | None = None) -> Any:
-    """A deep copy of an AST, ten times faster than ``copy.deepcopy``; ``memo`` maps ``id`` of definitions to their copies."""
+    """A deep copy of an AST, faster than ``copy.deepcopy``; ``memo`` maps ``id`` of definitions to their copies."""
     cls = type(node)
     if cls is list:
         return [clone(item, memo) for item in node]
     if not isinstance(node, ast.AST) or isinstance(node, (ast.expr_context, ast.operator)):
         return node
-    copy = cls.__new__(cls)
+    copy = ast.AST.__new__(cls)
     fields = copy.__dict__
     for name, value in node.__dict__.items():
         fields[name] = clone(value, memo) if isinstance(value, (ast.AST, list)) else value

@@ -38,8 +38,9 @@ def quantize_model(
 ) -> torch.nn.Module:
     """Give ``model`` a quantizer stub at every place where a tensor is made or read, in place.
 
-    Each module's class is swapped for its quantized subclass: a hand-written one where there is one, otherwise a companion made by
-    rewriting the class's source in memory. With stubs only, the model computes exactly what it did before.
+    Each module's class is swapped for its quantized subclass: a hand-written one where there is one, otherwise a
+    companion made by rewriting the class's source in memory. With stubs only, the model computes exactly what it did
+    before.
 
     Args:
         model: The model; changed in place.
@@ -184,10 +185,13 @@ def _check_model(model: Any) -> None:
     for path, module in model.named_modules():
         where = f"module {path!r}" if path else "the model"
         if isinstance(module, (QuantizedModule, Quantizer)):
-            msg = f"{where} ({type(module).__name__}) is quantized already; ff.dequantize_model(model) takes it back to float"
+            kind = type(module).__name__
+            msg = f"{where} ({kind}) is quantized already; ff.dequantize_model(model) takes it back to float"
             raise QuantizationError(msg)
         if isinstance(module, torch.jit.ScriptModule):
-            msg = f"{where} is a torch.jit.ScriptModule and has no Python source; quantize the model before scripting it"
+            msg = (
+                f"{where} is a torch.jit.ScriptModule and has no Python source; quantize the model before scripting it"
+            )
             raise QuantizationError(msg)
 
 
@@ -227,7 +231,9 @@ def _swap_instance_forward(module: torch.nn.Module) -> None:
     module.__dict__.setdefault(SCOPES, {})["instance forward"] = scope
     bound: Any = engine.bind(function, scope)
     module.__dict__["_ff_forward"] = forward
-    module.__dict__["forward"] = types.MethodType(bound, forward.__self__) if isinstance(forward, types.MethodType) else bound
+    module.__dict__["forward"] = (
+        types.MethodType(bound, forward.__self__) if isinstance(forward, types.MethodType) else bound
+    )
 
 
 def _restore(module: torch.nn.Module) -> None:

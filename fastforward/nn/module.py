@@ -90,7 +90,7 @@ class QuantizedModule(torch.nn.Module):
         return {key: value for key, value in self.state_dict().items() if key.startswith(names)}
 
     def _quantizers_changed(self) -> None:
-        """Recompute what depends on which quantizers are active: the float fast path and the scopes of rewritten code."""
+        """Recompute what depends on which quantizers are active: the float fast path and the scopes."""
         live = self._stubs_live
         active = live or any(not quantizer.is_stub() for quantizer in self.own_quantizers().values())
         object.__setattr__(self, "_float_only", not active)
@@ -126,10 +126,10 @@ class QuantizedModule(torch.nn.Module):
             yield from quantizer.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if recurse:
             for quantizer in self.own_quantizers().values():
-                quantizer._apply(fn)
+                quantizer._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def apply(self, fn: Callable[[torch.nn.Module], None]) -> Self:
@@ -162,9 +162,7 @@ class QuantizedModule(torch.nn.Module):
         error_msgs: list[str],
     ) -> None:
         unexpected: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
         mine = self.own_quantizers()
         taken = tuple(f"{prefix}{name}." for name in mine)
         unexpected_keys.extend(key for key in unexpected if not key.startswith(taken))
@@ -190,12 +188,12 @@ class QuantizedModule(torch.nn.Module):
         return name if name.startswith("Quantized") else f"Quantized{name}"
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self.own_quantizers()})
+        return sorted({*super().__dir__(), *self.own_quantizers()})  # type: ignore[no-untyped-call]
 
     def __prepare_scriptable__(self) -> "QuantizedModule":
         msg = (
-            f"{type(self).__name__} is quantized and cannot be scripted: torch.jit.script reads the float source and would "
-            "drop every quantizer. Use torch.compile or torch.export, or script the model after ff.dequantize_model."
+            f"{type(self).__name__} is quantized and cannot be scripted: torch.jit.script reads the float source and "
+            "would drop every quantizer. Use torch.compile or torch.export, or script it after ff.dequantize_model."
         )
         raise QuantizationError(msg)
 

@@ -54,7 +54,7 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
         return name
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(max(protocol, 2))
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
         cls = type(self)
         if reduced[0].__name__ not in ("__newobj__", "__newobj_ex__"):
             return reduced  # the user's own way of pickling
@@ -112,8 +112,8 @@ def _make_companion(cls: type[torch.nn.Module], engine: Engine) -> type[Rewritte
     forward = inspect.getattr_static(cls, "forward")
     if not isinstance(forward, types.FunctionType):
         msg = (
-            f"{cls.__module__}.{cls.__qualname__}.forward is a {type(forward).__name__}, not a Python function: there is no "
-            "source to rewrite. Write a subclass of fastforward.nn.QuantizedModule for it, or skip it."
+            f"{cls.__module__}.{cls.__qualname__}.forward is a {type(forward).__name__}, not a Python function: "
+            "there is no source to rewrite. Write a subclass of fastforward.nn.QuantizedModule for it, or skip it."
         )
         raise AutoquantError(msg)
     engine.require_unit(forward)
@@ -170,10 +170,13 @@ def _properties(cls: type, functions: Any) -> dict[str, property]:
         pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         for name in code.co_names:
             raw = inspect.getattr_static(cls, name, None)
-            if isinstance(raw, property) and isinstance(raw.fget, types.FunctionType) and not hasattr(torch.nn.Module, name):
-                if name not in found:
-                    found[name] = raw
-                    pending.append(raw.fget.__code__)
+            if (
+                isinstance(raw, property)
+                and isinstance(raw.fget, types.FunctionType)
+                and not hasattr(torch.nn.Module, name)
+            ) and name not in found:
+                found[name] = raw
+                pending.append(raw.fget.__code__)
     return found
 
 
