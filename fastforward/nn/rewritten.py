@@ -26,7 +26,10 @@ _TORCH_BASES = tuple(vars(torch.nn.modules.container).values())
 
 
 class RewrittenModule(QuantizedModule, include_in_module_map=False):
-    """Base of all companions: stubs appear under the names of the sites."""
+    """Base of all companions: stubs appear under the names of the sites.
+
+    A loaded state leaves quantizers for sites that only a run shows in ``_ff_pending``, by name.
+    """
 
     _ff_engine: Engine
 
@@ -50,7 +53,12 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
         if name not in known:
             known[name] = identity
         if name not in self.__dict__:
-            object.__setattr__(self, name, QuantizerStub(metadata=_metadata(site, unit)))
+            loaded = self.__dict__.get("_ff_pending", {}).pop(name, None)
+            if loaded is None:
+                object.__setattr__(self, name, QuantizerStub(metadata=_metadata(site, unit)))
+            else:
+                loaded.quant_metadata = _metadata(site, unit)
+                setattr(self, name, loaded)
         return name
 
     def __reduce_ex__(self, protocol: Any) -> Any:
