@@ -1,5 +1,6 @@
 """The import hook: what it prepares, what it leaves alone, and that it is gone afterwards."""
 
+import contextlib
 import importlib
 import importlib.resources
 import sys
@@ -12,6 +13,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from beartype.claw import beartyping
+from typeguard import install_import_hook
 
 import fastforward as ff
 from fastforward.autoquant.bind import bound_engine
@@ -47,6 +50,7 @@ TRIPLE = [ff.autoquant.PatternRule.from_str(pattern="{x} * 2", replacement="{x} 
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory on ``sys.path`` whose modules are forgotten afterwards."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     finders = list(sys.meta_path)
     yield tmp_path
     assert sys.meta_path == finders, "a finder was left behind"
@@ -303,27 +307,15 @@ def test_another_import_hook_keeps_working(packages: Path, other: str, order: st
     assert torch.equal(*quantized_output(ham.Net))
 
 
-class _other_hook:  # noqa: N801
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.finders = list(sys.meta_path)
-        self.path_hooks = list(sys.path_hooks)
-        if self.name == "typeguard":
-            from typeguard import install_import_hook
-
-            install_import_hook(["pkg"])
-        else:
-            from beartype.claw import beartype_package
-
-            beartype_package("pkg")
-            sys.path_importer_cache.clear()
-
-    def __exit__(self, *exception: object) -> None:
-        sys.meta_path[:] = [f for f in sys.meta_path if f in self.finders]
-        sys.path_hooks[:] = self.path_hooks
-        sys.path_importer_cache.clear()
+@contextlib.contextmanager
+def _other_hook(name: str) -> Iterator[None]:
+    if name == "typeguard":
+        with install_import_hook(["pkg"]):
+            yield
+    else:
+        with beartyping():
+            yield
+    sys.path_importer_cache.clear()
 
 
 @pytest.mark.parametrize(
