@@ -35,7 +35,8 @@ class QuantizedLinear(QuantizedModule, torch.nn.Linear):
         if self._float_only:
             return super().forward(input)
         smoothing = self.smoothing
-        x = input if smoothing is None else input / smoothing
+        # Multiplied by the reciprocal, not divided: integer layers do the same and round alike.
+        x = input if smoothing is None else input * smoothing.reciprocal()
         x = self.input_quantizer(x)
         weight = self._simulated_weight.get(self.weight_quantizer, self.weight, smoothing)
         bias = quantize_parameter(self.bias_quantizer, self.bias)

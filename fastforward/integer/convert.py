@@ -1,0 +1,163 @@
+"""convert(): a calibrated model becomes an integer one, in place."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fastforward.exceptions import CalibrationError, QuantizationError, UnsupportedOperatorError
+from fastforward.integer import fusion, onednn
+from fastforward.integer.conv import IntegerConv, require_kernel
+from fastforward.integer.embedding import IntegerEmbedding
+from fastforward.integer.grid import Grid, grid_of
+from fastforward.integer.layer import IntegerLayer
+from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.weights import require_integer
+from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
+from fastforward.nn.embedding import QuantizedEmbedding
+from fastforward.nn.linear import QuantizedLinear
+from fastforward.nn.module import QuantizedModule
+from fastforward.nn.quantizer import Quantizer
+
+BACKENDS = ("auto", "onednn", "int_mm")
+REASON = "_ff_float_reason"
+_CONVS = (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
+_CONVERTIBLE = (QuantizedLinear, QuantizedEmbedding, *_CONVS)
+_LEARNING_RUNS = 3
+
+
+@dataclasses.dataclass(slots=True)
+class Step:
+    """One layer to convert, with its input grid (``None`` for an embedding)."""
+
+    layer: QuantizedModule
+    grid: Grid | None
+
+
+def convert(
+    model: torch.nn.Module, *, backend: str = "auto", example_inputs: Any = None, keep_float: bool = False
+) -> torch.nn.Module:
+    """Turn calibrated linear layers, convolutions and embeddings into integer ones, in place.
+
+    Weights become int8 once and their float form is released. A layer whose quantizers have no integer form stays
+    simulated; :func:`fastforward.integer.explain` says why.
+
+    Args:
+        model: A model whose quantizers are calibrated.
+        backend: ``"auto"``, or the kernel of every linear layer: ``"onednn"`` or ``"int_mm"``.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it a few
+            times: kernels are chosen by measurement for its shapes, and layers learn what follows them. Without it
+            kernels follow a table of defaults, and layers learn from the first calls.
+        keep_float: Keep the float weights beside the integers.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        CalibrationError: A quantizer has no range yet; the message names it. The model is unchanged.
+        QuantizationError: There is nothing to convert.
+        ValueError: ``backend`` is unknown.
+    """
+    if backend not in BACKENDS:
+        msg = f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
+        raise ValueError(msg)
+    require_calibrated(model)
+    steps = list(_plan(model))
+    for step in steps:
+        _swap(step, keep_float)
+        if isinstance(step.layer, IntegerLinear):
+            step.layer.start(backend, measure=example_inputs is not None)
+    if example_inputs is not None:
+        learn(model, example_inputs)
+    return model
+
+
+def require_calibrated(model: torch.nn.Module) -> None:
+    """Raise unless the model has active quantizers and all of them have a range."""
+    active = [(name, quantizer) for name, quantizer in _quantizers(model) if not quantizer.is_stub()]
+    missing = [name for name, quantizer in active if not quantizer.is_calibrated]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        msg = (
+            f"cannot convert: {len(missing)} of {len(active)} quantizers have no range yet: {shown}. Run data inside "
+            "'with ff.estimate_ranges(model, ff.observers.MinMax):' first, or use ff.quantize(model, data)"
+        )
+        raise CalibrationError(msg)
+    if not active:
+        done = any(isinstance(module, IntegerLayer | IntegerEmbedding) for module in model.modules())
+        what = "is integer already" if done else "has no quantizers"
+        msg = f"nothing to convert: {type(model).__name__} {what}. Call ff.quantize(model, data) on a float model first"
+        raise QuantizationError(msg)
+
+
+def learn(model: torch.nn.Module, example_inputs: Any) -> None:
+    """Run the model a few times without gradients, so that layers measure kernels and see what follows them."""
+    with torch.no_grad():
+        for _ in range(_LEARNING_RUNS):
+            call(model, example_inputs)
+    for module in model.modules():
+        if isinstance(module, IntegerLinear):
+            module.measures = False
+
+
+def call(model: torch.nn.Module, inputs: Any) -> Any:
+    """Call ``model`` with a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if hasattr(inputs, "args") and hasattr(inputs, "kwargs"):
+        return model(*inputs.args, **inputs.kwargs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _quantizers(model: torch.nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            for name, quantizer in module.own_quantizers().items():
+                yield f"{path}.{name}" if path else name, quantizer
+
+
+def _plan(model: torch.nn.Module) -> Iterator[Step]:
+    """Yield the layers that have an integer form; leave the reason on those that have not."""
+    grids: dict[Any, Grid] = {}
+    for module in list(model.modules()):
+        if not isinstance(module, _CONVERTIBLE) or module._float_only:
+            continue
+        try:
+            yield Step(module, _checked(module, grids))
+        except UnsupportedOperatorError as error:
+            object.__setattr__(module, REASON, str(error))
+
+
+def _checked(layer: Any, grids: dict[Any, Grid]) -> Grid | None:
+    """The input grid of a layer that can be converted; layers with equal grids share the object."""
+    for role in ("input", "weight"):
+        quantizer = getattr(layer, f"{role}_quantizer", None)
+        if quantizer is not None and quantizer.is_stub():
+            msg = f"its {role} is not quantized"
+            raise UnsupportedOperatorError(msg)
+    require_integer(layer.weight_quantizer, layer.weight.shape)
+    if isinstance(layer, QuantizedEmbedding):
+        if layer.max_norm is not None:
+            msg = "an embedding with max_norm changes its table on every call"
+            raise UnsupportedOperatorError(msg)
+        return None
+    if isinstance(layer, _CONVS):
+        require_kernel(layer)
+    grid = grid_of(layer.input_quantizer, getattr(layer, "smoothing", None))
+    first = grids.setdefault(grid.key(), grid)
+    first.shared = first is not grid
+    return first
+
+
+def _swap(step: Step, keep_float: bool) -> None:
+    layer: Any = step.layer
+    if isinstance(layer, QuantizedEmbedding):
+        IntegerEmbedding.swap(layer, keep_float=keep_float)
+    elif isinstance(layer, QuantizedLinear):
+        IntegerLinear.swap(layer, step.grid, keep_float=keep_float)
+    else:
+        IntegerConv.swap(layer, step.grid, keep_float=keep_float)
+
+
+__all__ = ["BACKENDS", "convert", "fusion", "learn", "onednn", "require_calibrated"]

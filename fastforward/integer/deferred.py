@@ -1,0 +1,202 @@
+"""Deferred: the result of an integer layer before it is computed.
+
+A layer cannot know whether its result will be activated, added to something, normalized, or handed to another integer
+layer. So it returns a tensor that remembers the operands. Operators that the kernel can do on the way (see ``fusion``)
+only change what is remembered; an integer layer asks for codes on its own grid; anything else asks for floats. Each of these
+then runs the kernel once, with everything fused. To user code the result is an ordinary float tensor: every operator
+without a rule here works on its computed value, and so does code below Python's dispatch.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
+from fastforward.integer.grid import Grid
+
+if TYPE_CHECKING:
+    from fastforward.integer.layer import IntegerLayer
+
+Rule = Callable[..., Any]
+
+
+class Product:
+    """The operands of an integer layer and what is to follow the product."""
+
+    __slots__ = ("activation", "codes", "dtype", "epilogue", "fused", "layer")
+
+    def __init__(
+        self,
+        layer: "IntegerLayer",
+        codes: torch.Tensor,
+        epilogue: Epilogue,
+        dtype: torch.dtype,
+        activation: Activation = NO_ACTIVATION,
+        fused: tuple[str, ...] = (),
+    ) -> None:
+        self.layer, self.codes, self.epilogue, self.dtype = layer, codes, epilogue, dtype
+        self.activation, self.fused = activation, fused
+
+    def activated(self, activation: Activation) -> "Product":
+        """The same product followed by ``activation``."""
+        fused = (*self.fused, activation.name)
+        return Product(self.layer, self.codes, self.epilogue, self.dtype, activation, fused)
+
+    def normalized(self, epilogue: Epilogue) -> "Product":
+        """The same product with a batch normalization in its scale and bias."""
+        fused = (*self.fused, "batch_norm")
+        return Product(self.layer, self.codes, epilogue, self.dtype, self.activation, fused)
+
+    def floats(self) -> torch.Tensor:
+        """Compute as a fresh tensor of ``dtype``."""
+        self.layer.used_as_float(self.fused)
+        y = self.layer.compute(self.codes, self.epilogue, self.activation)
+        return y if y.dtype == self.dtype else y.to(self.dtype)
+
+    def on_grid(self, grid: Grid) -> torch.Tensor:
+        """Compute as uint8 codes."""
+        self.layer.used_as_codes(self.fused)
+        return self.layer.compute(self.codes, self.epilogue, self.activation, grid)
+
+
+class Deferred(torch.Tensor):
+    """A floating tensor that an integer layer will compute when it is known how it is used.
+
+    Exactly one of these is the source: a product; a value that is computed but whose memory is not yet laid out as
+    torch would; or a parent from which a data-movement operator takes the values.
+    """
+
+    _product: Product | None
+    _value: torch.Tensor | None
+    _parent: "Deferred | None"
+    _move: Callable[[torch.Tensor], torch.Tensor] | None
+    _codes: dict[int, tuple[Grid, torch.Tensor]] | None
+    _children: list["weakref.ref[Deferred]"] | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        product: Product | None,
+        shape: tuple[int, ...],
+        *,
+        value: torch.Tensor | None = None,
+        parent: "Deferred | None" = None,
+        move: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Deferred":
+        dtype = product.dtype if product is not None else dtype
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
+        self._product, self._value, self._parent, self._move = product, value, parent, move
+        self._codes = self._children = None
+        return self  # type: ignore[no-any-return]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @property
+    def pending(self) -> Product | None:
+        """The product, if nothing has been computed or handed out yet."""
+        return self._product if self._value is None and self._codes is None else None
+
+    def computed(self) -> torch.Tensor:
+        """The floats, in whatever memory layout the kernel produced."""
+        if self._value is None:
+            if self._parent is not None and self._move is not None:
+                self._value = self._move(self._parent.computed())
+            elif self._product is not None:
+                if self._codes is not None:
+                    # Wanted as codes and as floats: from now on compute floats once and round them.
+                    self._product.layer.float_first = True
+                self._value = self._product.floats()
+        assert self._value is not None
+        return self._value
+
+    def materialize(self) -> torch.Tensor:
+        """The plain tensor that this one stands for; its memory is contiguous, as torch's own result would be."""
+        value = self.computed()
+        if not value.is_contiguous():
+            value = self._value = value.contiguous()
+        return value
+
+    def codes(self, grid: Grid) -> torch.Tensor:
+        """The values as codes on ``grid``, without a detour over floats where the kernel can store codes itself."""
+        if self._value is None and self._parent is not None and self._move is not None:
+            return self._move(self._parent.codes(grid))
+        if self._value is not None or self._product is None or self._product.layer.float_first:
+            return grid.codes(self.computed())
+        known = self._codes or {}
+        if id(grid) not in known:
+            known[id(grid)] = (grid, self._product.on_grid(grid))
+            self._codes = known
+        return known[id(grid)][1]
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> "Deferred":
+        """The result of a data-movement operator on this tensor, floats or codes alike."""
+        child = Deferred(None, shape, parent=self, move=move, dtype=self.dtype)
+        self._children = [*(self._children or ()), weakref.ref(child)]
+        return child
+
+    def settle(self) -> None:
+        """Compute whatever depends on this tensor's present values, because they are about to change in place."""
+        for reference in self._children or ():
+            if (child := reference()) is not None:
+                child.materialize()
+        self._children = None
+
+    def become(self, product: Product | None = None, value: torch.Tensor | None = None) -> "Deferred":
+        """Take the result of an in-place operator."""
+        self._product, self._value, self._parent, self._codes = product, value, None, None
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        rule = RULES.get(func)
+        if rule is not None:
+            result = rule(func, *args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return call_with_values(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return call_with_values(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.materialize().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+
+RULES: dict[Any, Rule] = {}
+"""What to do with a torch function: ``rule(func, *args, **kwargs)`` returns its result, or NotImplemented."""
+
+
+def call_with_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a torch function on computed values; an in-place operator keeps returning the object it was given."""
+    originals: dict[int, Deferred] = {}
+
+    def plain(x: Any) -> Any:
+        if type(x) is Deferred:
+            value = x.materialize()
+            originals[id(value)] = x
+            return value
+        if type(x) in (list, tuple):
+            return type(x)(plain(item) for item in x)
+        return x
+
+    if args and type(args[0]) is Deferred and _in_place(func, kwargs):
+        args[0].settle()
+    result = func(*(plain(arg) for arg in args), **{name: plain(arg) for name, arg in kwargs.items()})
+    return originals.get(id(result), result) if isinstance(result, torch.Tensor) else result
+
+
+def _in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return bool(kwargs.get("inplace")) or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))

@@ -1,0 +1,278 @@
+"""Rules by which a deferred result takes over the operators that follow it.
+
+Each rule gets a torch function with its arguments and returns the result, or NotImplemented where the general path (compute,
+then call the function) is right. Rules only ever change when something is computed, not what: a fused activation, a batch
+normalization in scale and bias, an addition into the fresh result, a maximum taken over codes instead of values.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastforward.integer import epilogue as epilogues
+from fastforward.integer.deferred import RULES, Deferred, Product, call_with_values
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation
+
+F = torch.nn.functional
+Tensor = torch.Tensor
+
+
+def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated rule for torch functions; what a torch version lacks is left out."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        RULES.update({target: function for target in functions if target is not None})
+        return function
+
+    return register
+
+
+def activate(x: Any, activation: Activation, inplace: bool = False) -> Any:
+    """Fuse ``activation`` into the product that ``x`` stands for."""
+    if type(x) is not Deferred:
+        return NotImplemented
+    product = x.pending
+    if product is None or product.activation is not NO_ACTIVATION:
+        return _on_value(x, activation, inplace)
+    if not inplace:
+        return Deferred(product.activated(activation), x.shape)
+    x.settle()
+    return x.become(product.activated(activation))
+
+
+def _on_value(x: Deferred, activation: Activation, inplace: bool) -> Any:
+    """Activate a computed value in the memory layout that it has."""
+    value = x._value
+    if value is None or value.is_contiguous():
+        return NotImplemented
+    if inplace:
+        x.settle()
+        return x.become(value=activation.apply(value))
+    return Deferred(None, x.shape, value=activation.apply(value.clone()), dtype=x.dtype)
+
+
+@rule(F.relu, torch.relu, Tensor.relu)
+def _relu(func: Any, input: Any, inplace: bool = False) -> Any:
+    return activate(input, epilogues.RELU, inplace)
+
+
+@rule(torch.relu_, Tensor.relu_, getattr(F, "relu_", None))
+def _relu_(func: Any, input: Any) -> Any:
+    return activate(input, epilogues.RELU, inplace=True)
+
+
+@rule(F.relu6)
+def _relu6(func: Any, input: Any, inplace: bool = False) -> Any:
+    return activate(input, epilogues.hardtanh(0.0, 6.0), inplace)
+
+
+@rule(F.hardtanh)
+def _hardtanh(func: Any, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+    return activate(input, epilogues.hardtanh(float(min_val), float(max_val)), inplace)
+
+
+@rule(F.gelu)
+def _gelu(func: Any, input: Any, *, approximate: str = "none") -> Any:
+    return activate(input, epilogues.GELU_TANH if approximate == "tanh" else epilogues.GELU_ERF)
+
+
+@rule(F.silu)
+def _silu(func: Any, input: Any, inplace: bool = False) -> Any:
+    return activate(input, epilogues.SILU, inplace)
+
+
+@rule(F.hardswish)
+def _hardswish(func: Any, input: Any, inplace: bool = False) -> Any:
+    return activate(input, epilogues.HARDSWISH, inplace)
+
+
+@rule(torch.tanh, Tensor.tanh)
+def _tanh(func: Any, input: Any) -> Any:
+    return activate(input, epilogues.TANH)
+
+
+@rule(F.leaky_relu)
+def _leaky_relu(func: Any, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    return activate(input, epilogues.leaky_relu(float(negative_slope)), inplace)
+
+
+@rule(F.dropout, torch.dropout)
+def _dropout(func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, **train: Any) -> Any:
+    return NotImplemented if train.get("train", training) else input
+
+
+@rule(F.batch_norm)
+def _batch_norm(
+    func: Any,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if type(input) is not Deferred or training or running_mean is None or running_var is None:
+        return NotImplemented
+    product = input.pending
+    if product is None or product.activation is not NO_ACTIVATION or not product.layer.channels_first:
+        return NotImplemented
+    folded = product.layer.folded(product.epilogue, running_mean, running_var, weight, bias, eps)
+    return Deferred(product.normalized(folded), input.shape)
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(func: Any, input: Any, other: Any, *, alpha: float = 1, out: Any = None) -> Any:
+    if alpha != 1 or out is not None:
+        return NotImplemented
+    owner, addend = (input, other) if type(input) is Deferred and input.pending else (other, input)
+    total = _sum(owner, addend)
+    return _any_layout(func, input, other) if total is NotImplemented else total
+
+
+@rule(Tensor.add_, Tensor.__iadd__)
+def _add_(func: Any, input: Any, other: Any, *, alpha: float = 1) -> Any:
+    if alpha != 1 or type(input) is not Deferred:
+        return NotImplemented
+    total = _sum(input, other)
+    if total is NotImplemented:
+        return NotImplemented
+    input.settle()
+    return input.become(value=total._value)
+
+
+def _sum(owner: Any, addend: Any) -> Any:
+    """Add into the fresh result of ``owner``; nobody else has seen that memory."""
+    if type(owner) is not Deferred or owner.pending is None or owner._children:
+        return NotImplemented
+    if not isinstance(addend, Tensor) or addend.shape != owner.shape or addend.dtype != owner.dtype:
+        return NotImplemented
+    if addend.requires_grad and torch.is_grad_enabled():
+        return NotImplemented
+    product = owner.pending
+    fused = Product(
+        product.layer, product.codes, product.epilogue, product.dtype, product.activation, (*product.fused, "add")
+    )
+    value = fused.floats().add_(addend.computed() if type(addend) is Deferred else addend)
+    return Deferred(None, owner.shape, value=value, dtype=owner.dtype)
+
+
+# ---------------------------------------------------------------- data movement
+@rule(torch.flatten, Tensor.flatten)
+def _flatten(func: Any, input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    shape = tuple(input.shape)
+    start, end = start_dim % max(len(shape), 1), end_dim % max(len(shape), 1)
+    merged = (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
+    return _move(input, lambda x: _contiguous(x).flatten(start_dim, end_dim), merged)
+
+
+@rule(Tensor.view, Tensor.reshape, torch.reshape)
+def _reshape(func: Any, input: Any, *shape: Any) -> Any:
+    if len(shape) == 1 and isinstance(shape[0], Sequence):
+        shape = tuple(shape[0])
+    if type(input) is not Deferred or not all(type(size) is int for size in shape):
+        return NotImplemented
+    known = -math.prod(shape)
+    if -1 in shape and (known <= 0 or input.numel() % known):
+        return NotImplemented
+    full = tuple(input.numel() // known if size == -1 else size for size in shape)
+    if math.prod(full) != input.numel():
+        return NotImplemented
+    return _move(input, lambda x: _contiguous(x).reshape(full), full)
+
+
+@rule(torch.max_pool2d)
+def _max_pool2d(
+    func: Any,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    **others: Any,
+) -> Any:
+    if type(input) is not Deferred or input.dim() != 4 or ceil_mode or others.get("return_indices"):
+        return NotImplemented
+    kernel, pad, step = _pair(kernel_size), _pair(padding), _pair(dilation)
+    strides = kernel if stride is None or stride == [] else _pair(stride)
+
+    def move(x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            # torch's own operator refuses channels-last uint8; this one maximizes codes, and pads with the smallest.
+            return torch.ops.quantized.max_pool2d(x, kernel, strides, pad, step, False)  # type: ignore[no-any-return]
+        return F.max_pool2d(x, kernel, strides, pad, step)
+
+    sizes = tuple(
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(input.shape[2:], kernel, strides, pad, step, strict=True)
+    )
+    return _move(input, move, (*input.shape[:2], *sizes))
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value) * (2 // len(value))
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _move(input: Any, move: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Any:
+    if type(input) is not Deferred or input._value is not None:
+        return NotImplemented
+    return input.moved(move, shape)
+
+
+# ---------------------------------------------------------------- elementwise in whatever layout the value has
+@rule(
+    F.adaptive_avg_pool2d,
+    F.avg_pool2d,
+    torch.mul,
+    Tensor.mul,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+    torch.sigmoid,
+    Tensor.sigmoid,
+    F.sigmoid,
+    F.hardsigmoid,
+    Tensor.mean,
+    torch.mean,
+)
+def _any_layout(func: Any, *args: Any, **kwargs: Any) -> Any:
+    values = tuple(arg.computed() if type(arg) is Deferred else arg for arg in args)
+    if any(type(value) is Deferred for value in kwargs.values()):
+        return NotImplemented
+    result = func(*values, **kwargs)
+    if result.dim() != 4 or result.is_contiguous():
+        return result
+    return Deferred(None, tuple(result.shape), value=result, dtype=result.dtype)
+
+
+# ---------------------------------------------------------------- questions that need no values
+@rule(
+    Tensor.shape.__get__,
+    Tensor.dtype.__get__,
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,
+    Tensor.layout.__get__,
+    Tensor.is_cuda.__get__,
+    Tensor.requires_grad.__get__,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+    torch.is_floating_point,
+    Tensor.is_inference,
+)
+def _metadata(func: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+__all__ = ["activate", "call_with_values", "rule"]

@@ -1,0 +1,135 @@
+"""Grid: the unsigned 8-bit grid on which an activation enters an integer layer."""
+
+import dataclasses
+import warnings
+import weakref
+from typing import Any
+
+import torch
+
+from fastforward.exceptions import UnsupportedOperatorError
+from fastforward.nn.linear_quantizer import LinearQuantizer
+from fastforward.nn.quantizer import Quantizer
+
+LEVELS = 256
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Grid:
+    """Codes ``0 .. highest`` of an activation; code ``zero_point`` stands for real zero.
+
+    CPU kernels multiply uint8 with int8, so a signed grid is shifted: code = integer - quant_min.
+
+    Attributes:
+        scale: Real distance of two codes.
+        zero_point: The code of real zero.
+        highest: The largest code; below 255 for fewer than 8 bits.
+        inverse_smoothing: ``None``, or what the channels of the input are multiplied by before they are quantized,
+            float32, broadcasting against the input.
+        shared: Whether several layers use this grid, so that the codes of one value are kept for the next of them.
+    """
+
+    scale: float
+    zero_point: int
+    highest: int = LEVELS - 1
+    inverse_smoothing: torch.Tensor | None = None
+    shared: bool = False
+    _last: tuple[Any, int, torch.Tensor] | None = None
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the codes of a plain floating tensor: uint8, same shape, memory laid out like ``x``."""
+        if self.shared and (kept := self._kept(x)) is not None:
+            return kept
+        codes = self.fresh_codes(x)
+        if self.shared:
+            self._last = (weakref.ref(x, self._forget), _version(x), codes)
+        return codes
+
+    def fresh_codes(self, x: torch.Tensor) -> torch.Tensor:
+        """``codes`` without the codes kept for a value seen before."""
+        x = x.detach()
+        if self.inverse_smoothing is not None:
+            x = x * self.inverse_smoothing
+        if x.dtype != torch.float32:
+            x = x.float()
+        codes = quantize_uint8(x, self.scale, self.zero_point)
+        return codes if self.highest == LEVELS - 1 else codes.clamp_(max=self.highest)
+
+    def traced_codes(self, x: torch.Tensor) -> torch.Tensor:
+        """``codes`` in elementary operators, which compilers fuse and exporters know."""
+        x = x.detach().float()
+        if self.inverse_smoothing is not None:
+            x = x * self.inverse_smoothing
+        codes = torch.round(x * (1.0 / self.scale)) + self.zero_point
+        return codes.clamp(0, self.highest).to(torch.uint8)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the real values of codes, float32, without undoing the smoothing."""
+        return (codes.float() - self.zero_point) * self.scale
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal keys mean equal codes for equal inputs."""
+        smoothing = self.inverse_smoothing
+        return (
+            self.scale,
+            self.zero_point,
+            self.highest,
+            None if smoothing is None else tuple(smoothing.flatten().tolist()),
+        )
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self._last is None:
+            return None
+        reference, version, codes = self._last
+        return codes if reference() is x and version == _version(x) else None
+
+    def _forget(self, _: Any) -> None:
+        self._last = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Grid":
+        copy = dataclasses.replace(self, _last=None)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Grid, (self.scale, self.zero_point, self.highest, self.inverse_smoothing, self.shared)
+
+
+def grid_of(quantizer: Quantizer, smoothing: torch.Tensor | None = None) -> Grid:
+    """Return the grid of a calibrated activation quantizer.
+
+    Raises:
+        UnsupportedOperatorError: The quantizer has no static 8-bit integers with one scale; the message says why.
+    """
+    if not isinstance(quantizer, LinearQuantizer):
+        msg = f"its input quantizer is a {type(quantizer).__name__}, not a static LinearQuantizer"
+        raise UnsupportedOperatorError(msg)
+    if quantizer.quant_max - quantizer.quant_min >= LEVELS:
+        msg = f"its input has {quantizer.num_bits} bits, integer kernels take 8 at most"
+        raise UnsupportedOperatorError(msg)
+    if quantizer.scale.numel() != 1:
+        msg = f"its input has {quantizer.scale.numel()} scales, integer kernels take one"
+        raise UnsupportedOperatorError(msg)
+    lowest = quantizer.quant_min
+    zero_point = int(quantizer.rounded_zero_point().item()) - lowest
+    # The affine formula divides in float32, so the reciprocal must be that of the float32 scale.
+    inverse = None if smoothing is None else 1.0 / smoothing.detach().float()
+    return Grid(float(quantizer.scale.detach().item()), zero_point, quantizer.quant_max - lowest, inverse)
+
+
+def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """``clamp(round(x * (1 / scale)) + zero_point, 0, 255)`` as uint8, by torch's fused operator.
+
+    The operator yields a quantized tensor; taking over its storage costs nothing, ``int_repr`` would copy it.
+    """
+    quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    codes = torch.empty(0, dtype=torch.uint8)
+    return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())  # type: ignore[call-overload, no-any-return]
+
+
+def _version(x: torch.Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+# torch announces the removal of its quantized dtypes; where they are gone, `quantize_uint8` is replaced.
+warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*", category=UserWarning)

@@ -1,0 +1,163 @@
+"""IntegerLinear: a linear layer on uint8 activations and int8 weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastforward.integer import onednn
+from fastforward.integer.choose import fastest
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, epilogue
+from fastforward.integer.grid import Grid, grid_of
+from fastforward.integer.layer import IntegerLayer
+from fastforward.integer.weights import integer_weight
+from fastforward.nn.linear import QuantizedLinear
+from fastforward.nn.operands import quantize_parameter
+
+
+class IntegerLinear(IntegerLayer, torch.nn.Linear):
+    """``y = x W^T + b`` with integer operands.
+
+    Buffers ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``, float32) replace the float weight.
+    ``weight`` is computed from them when somebody asks for it.
+    """
+
+    weight_int8: torch.Tensor
+    weight_scale: torch.Tensor
+    channels_first = False
+    _packed: torch.Tensor | None
+    _float_weight: torch.Tensor | None
+    _kernels: dict[int, str]
+    backend: str
+    measures: bool
+
+    @classmethod
+    def swap(cls, layer: QuantizedLinear, grid: Grid | None = None, *, keep_float: bool = False) -> "IntegerLinear":
+        """Turn a calibrated layer into an integer one, in place."""
+        grid = grid_of(layer.input_quantizer, layer.smoothing) if grid is None else grid
+        weight = layer.weight if layer.smoothing is None else layer.weight * layer.smoothing
+        integers, scale = integer_weight(layer.weight_quantizer, weight)
+        bias = quantize_parameter(layer.bias_quantizer, layer.bias)
+        output_quantizer = layer.output_quantizer
+        become(layer, cls, keep_float)
+        self: IntegerLinear = layer  # type: ignore[assignment]
+        self.register_buffer("weight_int8", integers)
+        self.register_buffer("weight_scale", scale)
+        self.output_quantizer = None if output_quantizer.is_stub() else output_quantizer
+        self.epilogue = epilogue(integers, scale, bias, grid.scale, grid.zero_point)
+        self._packed = self._float_weight = None
+        self.start()
+        self._start(grid)
+        self.defers = self.output_quantizer is None
+        return self
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
+        if torch.compiler.is_compiling():
+            return self._traced(input)
+        if self._kernels.get(input.numel() // self.in_features) == "float":
+            return torch.nn.functional.linear(input, self._dense(input.dtype), self.bias)
+        codes = self.codes(input)
+        if self.defers:
+            return self.product(codes, input.dtype)
+        y = self.compute(codes, self.epilogue)
+        y = y if y.dtype == input.dtype else y.to(input.dtype)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        codes = super().codes(x)
+        return codes if codes.is_contiguous() else codes.contiguous()
+
+    def compute(
+        self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None
+    ) -> torch.Tensor:
+        rows = codes.numel() // self.in_features
+        kernel = self._kernels.get(rows) or self._choose(rows, codes)
+        return self._run(kernel, codes, epilogue, activation, out)
+
+    def _run(
+        self, kernel: str, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
+    ) -> torch.Tensor:
+        if kernel == "onednn":
+            return onednn.linear_onednn(codes, self.grid.scale, self._pack(), epilogue, activation, out)
+        return onednn.linear_int_mm(codes, self.weight_int8, epilogue, activation, out)
+
+    def output_shape(self, codes: torch.Tensor) -> tuple[int, ...]:
+        return (*codes.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight that the integers stand for, computed now; the original one if it was kept."""
+        if "weight" in self._parameters:
+            return self._parameters["weight"]  # type: ignore[return-value]
+        return self.weight_int8.float() * self.weight_scale[:, None]
+
+    def start(self, backend: str = "auto", *, measure: bool = False) -> None:
+        """Fix the kernel, or have it chosen per number of rows: by measurement, or from the table of defaults."""
+        self.backend, self.measures = backend, measure
+        self._kernels = {}
+
+    def _choose(self, rows: int, codes: torch.Tensor) -> str:
+        if self.backend != "auto":
+            kernel = self.backend
+        elif not onednn.has_onednn():
+            kernel = "int_mm"
+        elif self.measures:
+            kernel = fastest(self._candidates(codes))
+        else:
+            kernel = "int_mm" if rows <= onednn.SMALL_ROWS else "onednn"
+        self._kernels[rows] = self.record.kernel = kernel
+        return "int_mm" if kernel == "float" else kernel
+
+    def _candidates(self, codes: torch.Tensor) -> dict[str, Callable[[], Any]]:
+        """What a call from floats to floats costs with each kernel, and without integers."""
+        x = self.grid.values(codes)
+        dense = self._dense(x.dtype)
+        self._float_weight = None
+
+        def integer(kernel: str) -> Callable[[], Any]:
+            return lambda: self._run(kernel, self.grid.fresh_codes(x), self.epilogue, NO_ACTIVATION, None)
+
+        kernels = {kernel: integer(kernel) for kernel in ("onednn", "int_mm")}
+        return {**kernels, "float": lambda: torch.nn.functional.linear(x, dense, self.bias)}
+
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as floats, kept: for layers so small that integers lose."""
+        if self._float_weight is None or self._float_weight.dtype != dtype:
+            smoothing = self.grid.inverse_smoothing
+            weight = self.weight_int8.float() * self.weight_scale[:, None]
+            self._float_weight = (weight if smoothing is None else weight * smoothing).to(dtype)
+        return self._float_weight
+
+    def _pack(self) -> torch.Tensor:
+        if self._packed is None:
+            self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None)
+        return self._packed  # type: ignore[no-any-return]
+
+    def _traced(self, input: torch.Tensor) -> torch.Tensor:
+        """The same computation in operators that compilers and exporters understand."""
+        codes = self.grid.traced_codes(input).reshape(-1, self.in_features)
+        product = torch._int_mm(codes, self.weight_int8.t())
+        y = torch.addcmul(self.epilogue.compensated, product, self.epilogue.factor)
+        y = y.view(*input.shape[:-1], self.out_features).to(input.dtype)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    @staticmethod
+    def _derived() -> tuple[str, ...]:
+        return ("_packed", "_float_weight")
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._packed = self._float_weight = None
+
+
+def become(layer: torch.nn.Module, cls: type[torch.nn.Module], keep_float: bool = False) -> None:
+    """Make ``layer`` an instance of ``cls`` without its quantizers and, unless it is to be kept, its float weight."""
+    for name in list(layer.own_quantizers()):  # type: ignore[operator]
+        del layer.__dict__[name]
+    for name in ("bias_quantizer", "_simulated_weight", "_float_only", "_stubs_live"):
+        layer.__dict__.pop(name, None)
+    if not keep_float:
+        layer._parameters.pop("weight", None)
+    layer._buffers.pop("smoothing", None)
+    layer.__class__ = cls

@@ -1,0 +1,89 @@
+"""Integer products on CPUs: torch's oneDNN operators and ``torch._int_mm``, called with the fewest conversions.
+
+Activations are uint8 codes, weights int8. The measurements behind the defaults are described beside them.
+"""
+
+import functools
+
+import torch
+
+from fastforward.integer.epilogue import Activation, Epilogue, arguments
+from fastforward.integer.grid import Grid
+
+# Below this many rows the fixed cost of a oneDNN call (about 30 us) exceeds what its fused epilogue saves.
+SMALL_ROWS = 8
+
+
+@functools.lru_cache(maxsize=1)
+def has_onednn() -> bool:
+    """Whether torch was built with the oneDNN integer operators and this machine can run them exactly."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    return _exact()
+
+
+def _exact() -> bool:
+    """Whether the extreme product of uint8 and int8 comes out right; without VNNI instructions it may saturate."""
+    depth = 64
+    weight = torch.full((16, depth), 127, dtype=torch.int8)
+    codes = torch.full((32, depth), 255, dtype=torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int64)
+    y = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((y == 127 * 255 * depth).all()) and bool((torch._int_mm(codes, weight.t()) == 127 * 255 * depth).all())
+
+
+@functools.lru_cache(maxsize=256)
+def _zeros(channels: int) -> torch.Tensor:
+    """The zero points of symmetric weights, as oneDNN wants them."""
+    return torch.zeros(channels, dtype=torch.int64)
+
+
+def linear_onednn(
+    codes: torch.Tensor,
+    input_scale: float,
+    packed: torch.Tensor,
+    epilogue: Epilogue,
+    activation: Activation,
+    out: Grid | None,
+) -> torch.Tensor:
+    """Multiply ``[..., K]`` codes by a prepacked weight; float32, or codes on ``out``.
+
+    The input's zero point is in the bias already: oneDNN would sum the weight again on every call.
+    """
+    scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
+    result: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes,
+        input_scale,
+        0,
+        packed,
+        epilogue.scale,
+        _zeros(epilogue.scale.numel()),
+        epilogue.compensated,
+        scale,
+        zero_point,
+        dtype,
+        activation.name,
+        arguments(activation),
+        activation.algorithm,
+    )
+    return limited(result, out)
+
+
+def linear_int_mm(
+    codes: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
+) -> torch.Tensor:
+    """Multiply ``[..., K]`` codes by a plain int8 weight ``[N, K]``; float32, or codes on ``out``."""
+    rows = codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
+    y = torch.addcmul(epilogue.compensated, torch._int_mm(rows, weight.t()), epilogue.factor)
+    y = activation.apply(y)
+    if out is not None:
+        y = out.codes(y)
+    return y if codes.dim() == 2 else y.view(*codes.shape[:-1], weight.shape[0])
+
+
+def limited(result: torch.Tensor, out: Grid | None) -> torch.Tensor:
+    """Clamp codes to a grid of fewer than 8 bits; the kernels saturate at 255."""
+    return result if out is None or out.highest == 255 else result.clamp_(max=out.highest)

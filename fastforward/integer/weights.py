@@ -1,0 +1,71 @@
+"""The integer form of a quantized weight."""
+
+import torch
+
+from fastforward.exceptions import CalibrationError, UnsupportedOperatorError
+from fastforward.nn.linear_quantizer import LinearQuantizer
+from fastforward.nn.quantizer import Quantizer
+from fastforward.quantization import affine
+
+
+def require_integer(quantizer: Quantizer, shape: torch.Size, channel_dim: int = 0) -> None:
+    """Raise unless a weight of ``shape`` has a symmetric int8 form with one scale per channel or tensor.
+
+    Raises:
+        CalibrationError: The quantizer has no range yet.
+        UnsupportedOperatorError: The weight has no such form; the message says why.
+    """
+    if not isinstance(quantizer, LinearQuantizer):
+        msg = f"its weight quantizer is a {type(quantizer).__name__}, not a LinearQuantizer"
+        raise UnsupportedOperatorError(msg)
+    if not quantizer.is_calibrated:
+        msg = f"weight quantizer {quantizer.quant_metadata.describe()} has no range"
+        raise CalibrationError(msg)
+    if quantizer.quant_min < -128 or quantizer.quant_max > 127:
+        msg = f"its weight has {quantizer.num_bits} bits, integer kernels take signed 8 at most"
+        raise UnsupportedOperatorError(msg)
+    if bool((quantizer.rounded_zero_point() != 0).any()):
+        msg = "its weight is quantized asymmetrically (zero point other than 0)"
+        raise UnsupportedOperatorError(msg)
+    _channel_scales(quantizer, shape, channel_dim)
+
+
+def integer_weight(
+    quantizer: Quantizer, weight: torch.Tensor, channel_dim: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(int8 of weight's shape, float32 scales of shape [channels])``.
+
+    Args:
+        quantizer: The calibrated weight quantizer.
+        weight: The float weight, smoothing applied.
+        channel_dim: The axis along which there may be one scale per channel.
+
+    Raises:
+        CalibrationError, UnsupportedOperatorError: As in :func:`require_integer`.
+    """
+    require_integer(quantizer, weight.shape, channel_dim)
+    assert isinstance(quantizer, LinearQuantizer)
+    scale = _channel_scales(quantizer, weight.shape, channel_dim)
+    integers = affine.quantize(
+        weight.detach(),
+        quantizer.scale.detach(),
+        quantizer.rounded_zero_point(),
+        quantizer.quant_min,
+        quantizer.quant_max,
+        torch.int8,
+        quantizer.granularity,
+    )
+    return integers, scale
+
+
+def _channel_scales(quantizer: LinearQuantizer, shape: torch.Size, channel_dim: int) -> torch.Tensor:
+    """One float32 scale per channel; a scale per tensor is repeated."""
+    scale = quantizer.scale.detach().float()
+    channels = shape[channel_dim]
+    if scale.numel() == 1:
+        return scale.reshape(1).expand(channels).contiguous()
+    per_channel = tuple(1 if dim == channel_dim else size for dim, size in enumerate(shape))
+    if tuple(quantizer.granularity.block_size(shape)) != per_channel:
+        msg = f"its weight of shape {tuple(shape)} has scales by {quantizer.granularity}, not one per output channel"
+        raise UnsupportedOperatorError(msg)
+    return scale.reshape(channels).contiguous()
