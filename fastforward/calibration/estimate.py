@@ -2,19 +2,20 @@
 
 import contextlib
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
-import warnings
 from torch import Tensor
 
 from fastforward.calibration.min_max import MinMax
-from fastforward.calibration.observer import Grid, Observer
+from fastforward.calibration.observer import Observer
 from fastforward.exceptions import CalibrationError, QuantizationWarning
 from fastforward.nn.quantizer import OverrideHandle, Quantizer
+from fastforward.quantization.affine import Grid
 from fastforward.quantization.granularity import Granularity
 
 ObserverFactory = Callable[[str, Quantizer], Observer]
@@ -158,11 +159,13 @@ def estimate_ranges(
     Args:
         target: a model, a quantizer, several of either, or a mapping from names to quantizers. Stubs and quantizers
             without a fixed range (dynamic ones) are passed over.
-        observer: an observer class (``args`` and ``kwargs`` go to it), an instance (copied for each quantizer), or a
-            function ``(name, quantizer) -> Observer``.
+        observer: an observer class, an instance (copied for each quantizer), or a function
+            ``(name, quantizer) -> Observer``.
+        args: arguments of the observer class.
         missing: what to do about quantizers that no floating tensor has reached: "warn", "error" or "ignore". Reaching
             none at all is always an error.
         simulate: set the range and quantize at every step instead (quantization-aware training).
+        kwargs: keyword arguments of the observer class.
 
     Yields:
         The observed sites; ``.unseen`` and ``.observers`` say what happened.
@@ -199,6 +202,17 @@ def estimate_ranges(
     estimation.merge_processes()
     report_unseen(estimation, missing)
     estimation.set_ranges()
+
+
+def observe_once(quantizer: Quantizer, x: Tensor) -> None:
+    """Widen a quantizer's range to the values of ``x``: what ``quantizer.observe(x)`` does."""
+    assert isinstance(quantizer, RangeSettable)
+    observer = MinMax().bind(quantizer.granularity, quantizer.grid, site_name(type(quantizer).__name__, quantizer))
+    observer.to(x.device)(x)
+    seen = getattr(quantizer, "_observer", None)
+    merged = observer if seen is None else seen.merge(observer)
+    quantizer.__dict__["_observer"] = merged  # not a submodule: it is no part of the model's state
+    quantizer.set_parameters(*merged.calculate_qparams())
 
 
 def track_ranges(

@@ -30,6 +30,7 @@ class HistogramObserver(Observer):
 
     counts: Tensor
     exponent: Tensor
+    extremes: Tensor
 
     def __init__(self, bins: int | None = None) -> None:
         super().__init__()

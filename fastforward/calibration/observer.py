@@ -6,35 +6,19 @@ yields the smallest and largest value worth representing.
 
 import copy
 import math
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from typing_extensions import Self
 
 from fastforward.exceptions import CalibrationError
 from fastforward.nn.lazy_buffers import LazyBuffers
-from fastforward.quantization.affine import AffineGrid
+from fastforward.quantization.affine import AffineGrid, Grid
 from fastforward.quantization.granularity import Granularity, PerTensor
 
 _O = TypeVar("_O", bound="Observer")
-
-
-class Grid(Protocol):
-    """What an observer must know of the number format whose range it chooses."""
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether only the larger of the two bounds matters."""
-
-    def parameters_for_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale and zero point that cover a range."""
-
-    def round(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return float32 ``x`` rounded to the grid."""
-
-    def nearest_zero_point(self, zero_point: Tensor) -> Tensor:
-        """Return the zero point of the format that is nearest to the float ``zero_point``."""
 
 
 class Observer(LazyBuffers):
@@ -56,6 +40,7 @@ class Observer(LazyBuffers):
         ...         return -self.largest, self.largest
     """
 
+    batches: Tensor
     checks_values = False
     """A subclass that itself refuses NaN and infinity sets this, and saves a pass over the data."""
 
@@ -92,14 +77,21 @@ class Observer(LazyBuffers):
             raise CalibrationError(msg)
         if x.numel() == 0:
             return x
-        with torch.no_grad():
-            data = x.detach()
-            if not self.checks_values:
-                self.require_finite(*torch.aminmax(data))
-            self.update(data)
-            self.batches += 1
-            self._observed += 1
+        if torch.compiler.is_compiling():
+            _take_in_uncompiled(self, x)
+        else:
+            self.take_in(x)
         return x
+
+    @torch.no_grad()
+    def take_in(self, x: Tensor) -> None:
+        """Check and take in one batch."""
+        data = x.detach()
+        if not self.checks_values:
+            self.require_finite(*torch.aminmax(data))
+        self.update(data)
+        self.batches += 1
+        self._observed += 1
 
     def require_finite(self, low: Tensor, high: Tensor) -> None:
         """Raise CalibrationError if a bound is NaN or infinite."""
@@ -148,3 +140,9 @@ class Observer(LazyBuffers):
         """Add the state of ``other``, which has seen data as ``self`` has; what ``merge`` needs of a subclass."""
         msg = f"{type(self).__name__} of {self.site} cannot be merged: it defines no absorb(other)"
         raise CalibrationError(msg)
+
+
+@_disable_dynamo
+def _take_in_uncompiled(observer: Observer, x: Tensor) -> None:
+    """Break the graph around an observer in a compiled model: its state changes shape and it reads values."""
+    observer.take_in(x)

@@ -3,7 +3,7 @@
 from fastforward.calibration.error_grid import HalfQuadratic, MeanSquaredError
 from fastforward.calibration.histogram import Histogram, HistogramObserver, Percentile
 from fastforward.calibration.min_max import MeanMinMax, MinMax, MovingAverageMinMax
-from fastforward.calibration.observer import Grid, Observer
+from fastforward.calibration.observer import Observer
 from fastforward.calibration.torchao_observers import (
     AffineQuantizedFixedQParamObserver,
     AffineQuantizedMinMaxObserver,
@@ -16,7 +16,6 @@ __all__ = [
     "AffineQuantizedMSEObserver",
     "AffineQuantizedMinMaxObserver",
     "AffineQuantizedObserverBase",
-    "Grid",
     "HalfQuadratic",
     "Histogram",
     "HistogramObserver",

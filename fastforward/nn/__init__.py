@@ -61,6 +61,8 @@ _NAMES = {
     "OverrideHandle": "quantizer",
     "LinearQuantizer": "linear_quantizer",
     "Float8Quantizer": "float8_quantizer",
+    "DynamicFloat8Quantizer": "float8_quantizer",
+    "BlockFormatQuantizer": "block_format_quantizer",
     "DynamicLinearQuantizer": "dynamic_quantizer",
     "disable_quantization": "switching",
     "enable_quantization": "switching",

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from fastforward.exceptions import CalibrationError
-from fastforward.nn.lazy_buffers import LazyBuffers
-from fastforward.nn.quantizer import Quantizer, QuantizerMetadata
+from fastforward.nn.quantizer import QuantizerMetadata
+from fastforward.nn.range_quantizer import RangeQuantizer
 from fastforward.quantization import affine
-from fastforward.quantization.granularity import Granularity, PerTensor
+from fastforward.quantization.granularity import Granularity
+from fastforward.quantization.tensor import QuantizedTensor
 
 
-class LinearQuantizer(LazyBuffers, Quantizer):
+class LinearQuantizer(RangeQuantizer):
     """Rounds to ``num_bits`` integers with a fixed scale and zero point.
 
     Args:
@@ -26,10 +26,13 @@ class LinearQuantizer(LazyBuffers, Quantizer):
     Raises:
         TypeError: ``num_bits`` is no int, or ``granularity`` no granularity.
         ValueError: ``num_bits`` is out of range, or ``quantized_dtype`` too small for it.
-    """
 
-    scale: Tensor
-    zero_point: Tensor
+    Example:
+        >>> quantizer = LinearQuantizer(8, symmetric=False)
+        >>> quantizer.quantization_range = (-1.0, 1.55)
+        >>> quantizer(torch.tensor([0.124, 9.0]))
+        tensor([0.1200, 1.5500])
+    """
 
     def __init__(
         self,
@@ -43,101 +46,90 @@ class LinearQuantizer(LazyBuffers, Quantizer):
         restricted: bool = False,
         metadata: QuantizerMetadata | None = None,
     ) -> None:
-        super().__init__(metadata)
-        if granularity is not None and not isinstance(granularity, Granularity):
-            msg = f"granularity must be one of ff.granularity, got {granularity!r}"
-            raise TypeError(msg)
+        super().__init__(granularity, metadata)
         del param_dtype
+        signed = quantized_dtype is None or is_signed(quantized_dtype)
+        self.quant_min, self.quant_max = affine.integer_range(num_bits, signed=signed, restricted=restricted)
         self.num_bits = num_bits
         self.symmetric = symmetric
         self.allow_one_sided = allow_one_sided
         self.restricted = restricted
-        self.granularity = PerTensor() if granularity is None else granularity
-        signed = quantized_dtype is None or is_signed(quantized_dtype)
-        self.quant_min, self.quant_max = affine.integer_range(num_bits, signed=signed, restricted=restricted)
         self.quantized_dtype = storage_dtype(num_bits, quantized_dtype)
-        self.register_buffer("scale", torch.empty(0))
-        self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
+        self.gradient_scale: float | None = None
 
     @property
     def grid(self) -> affine.AffineGrid:
-        """The integers and how ranges are laid over them."""
+        """The integers, and how ranges are laid over them."""
         return affine.AffineGrid(self.quant_min, self.quant_max, self.symmetric, self.allow_one_sided)
 
-    @property
-    def is_calibrated(self) -> bool:
-        return self.scale.numel() > 0
+    def default_zero_point(self, scale: Tensor) -> Tensor:
+        return torch.full_like(scale, self.grid.middle, dtype=torch.int32)
 
-    @property
-    def quantization_range(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value on the grid, float32.
+    def simulate(self, x: Tensor) -> Tensor:
+        scale = self.scale
+        if scale.numel() == 0:
+            raise self._uncalibrated()
+        factor = 1.0 if self.gradient_scale is None else self.lsq_gradient_scale(x)
+        return affine.fake_quantize(
+            x, scale, self.zero_point, self.quant_min, self.quant_max, self.granularity, gradient_scale=factor
+        )
 
-        Setting a pair ``(min, max)`` of tensors or numbers sets scale and zero point.
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """Return ``x`` as stored integers; NaN is refused with ValueError."""
+        if not self.is_calibrated:
+            raise self._uncalibrated()
+        scale, zero_point = self.scale.detach(), self.rounded_zero_point()
+        low, high = self.quant_min, self.quant_max
+        values = affine.quantize(x.detach(), scale, zero_point, low, high, self.quantized_dtype, self.granularity)
+        block_size = self.granularity.block_size(x.shape)
+        scale, zero_point = affine.fitted(self.granularity, x.shape, scale, zero_point)
+        return QuantizedTensor(values, scale.clone(), zero_point, block_size, x.dtype, low, high)
+
+    def learn_range(self, *, zero_point: bool | None = None, scale_gradient: bool = True) -> "LinearQuantizer":
+        """Turn the scale into a parameter, so that training learns it (LSQ), and the zero point with it (LSQ+).
+
+        Args:
+            zero_point: learn the zero point too; by default if the quantizer is asymmetric.
+            scale_gradient: multiply the gradients by ``1 / sqrt(elements per block * quant_max)``, as LSQ does.
+
+        Returns:
+            The quantizer itself.
+
+        Raises:
+            CalibrationError: no range was set to start from.
         """
         if not self.is_calibrated:
             raise self._uncalibrated()
-        return self.grid.range_for_parameters(self.scale, self.rounded_zero_point())
+        learned = {"scale": self.scale}
+        if not self.symmetric if zero_point is None else zero_point:
+            learned["zero_point"] = self.zero_point
+        for name, value in learned.items():
+            self._buffers.pop(name, None)
+            self.register_parameter(name, torch.nn.Parameter(value.detach().to(torch.float32).clone()))
+        self.gradient_scale = 1.0 if scale_gradient else None
+        return self
 
-    @quantization_range.setter
-    def quantization_range(self, bounds: tuple[Tensor | float, Tensor | float]) -> None:
-        low, high = (torch.as_tensor(bound, dtype=torch.float32, device=self.scale.device) for bound in bounds)
-        self.set_parameters(*self.parameters_for_range(low, high))
+    def freeze_range(self) -> "LinearQuantizer":
+        """Turn learned scales and zero points back into buffers, the zero point rounded."""
+        scale, zero_point = self.scale.detach().clone(), self.rounded_zero_point()
+        self.reset_parameters()
+        self.set_parameters(scale, zero_point)
+        self.gradient_scale = None
+        return self
 
-    def parameters_for_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale and zero point for a range; one that is not finite or upside down raises CalibrationError."""
-        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all() & (low <= high).all()):
-            msg = (
-                f"range {low} to {high} of {self.quant_metadata.describe()} is not finite, or its minimum exceeds "
-                "its maximum"
-            )
-            raise CalibrationError(msg)
-        return self.grid.parameters_for_range(low, high)
-
-    def set_parameters(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Take over a scale and a zero point (by default the middle of the grid), shaped as the granularity asks."""
-        scale = scale.detach().to(torch.float32)
-        middle = self.grid.middle if zero_point is None else zero_point
-        zero_point = torch.as_tensor(middle, device=scale.device).detach().expand(scale.shape)
-        self._assign("scale", scale)
-        self._assign("zero_point", zero_point)
-
-    def _assign(self, name: str, value: Tensor) -> None:
-        current = getattr(self, name)
-        value = value.to(current.dtype)
-        if current.shape == value.shape and current.device == value.device:
-            with torch.no_grad():
-                current.copy_(value)  # optimizers and compiled code keep the tensor they know
-        elif name in self._parameters:
-            setattr(self, name, torch.nn.Parameter(value.clone()))
-        else:
-            setattr(self, name, value.clone())
-
-    def rounded_zero_point(self) -> Tensor:
-        """Return the zero point as int32, whether it is learned or not."""
-        return torch.round(self.zero_point.detach()).to(torch.int32)
-
-    def simulate(self, x: Tensor) -> Tensor:
-        if self.scale.numel() == 0:
-            raise self._uncalibrated()
-        return affine.fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, self.granularity)
-
-    def reset_parameters(self) -> None:
-        """Forget the range."""
-        for name, dtype in (("scale", torch.float32), ("zero_point", torch.int32)):
-            device = getattr(self, name).device
-            self._parameters.pop(name, None)
-            self.register_buffer(name, torch.empty(0, dtype=dtype, device=device))
+    def lsq_gradient_scale(self, x: Tensor) -> float:
+        """Return ``1 / sqrt(n * quant_max)`` for blocks of ``n`` elements (Esser et al. 2020, section 2.2)."""
+        elements = max(x.numel() // self.scale.numel(), 1)
+        return float((elements * max(self.quant_max, 1)) ** -0.5)
 
     def extra_repr(self) -> str:
         parts = [f"num_bits={self.num_bits}", f"symmetric={self.symmetric}", f"granularity={self.granularity}"]
-        if self.is_calibrated and self.scale.numel() == 1:
-            parts.append(f"scale={self.scale.item():.4g}, zero_point={int(self.rounded_zero_point())}")
-        return ", ".join(parts)
+        return ", ".join([*parts, *self._described_parameters()])
 
 
 def is_signed(dtype: torch.dtype) -> bool:
     """Return whether an integer type, sub-byte ones included, has negative values."""
-    return not str(dtype).removeprefix("torch.").startswith(("uint", "bits", "quint"))
+    return not str(dtype).removeprefix("torch.").startswith("u")
 
 
 def storage_dtype(num_bits: int, quantized_dtype: torch.dtype | None) -> torch.dtype:

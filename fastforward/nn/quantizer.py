@@ -119,12 +119,12 @@ class OverrideHandle:
     """Removes an override when asked to, or at the end of a ``with`` block."""
 
     def __init__(self, quantizer: "Quantizer", key: int) -> None:
-        self._quantizer = quantizer
+        self.quantizer = quantizer
         self._key = key
 
     def remove(self) -> None:
         """Remove the override; doing so twice is harmless."""
-        self._quantizer.remove_override(self._key)
+        self.quantizer.remove_override(self._key)
 
     def __enter__(self) -> "OverrideHandle":
         return self

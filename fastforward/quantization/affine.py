@@ -6,7 +6,10 @@ in float32 whatever the data type of ``x``: bit-equal to ``torch.fake_quantize_p
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
+import fastforward_kernels
 import torch
 from torch import Tensor
 
@@ -14,6 +17,26 @@ from fastforward.quantization.granularity import Granularity, PerTensor, blocked
 
 MAX_BITS = 16
 TINY = torch.finfo(torch.float32).tiny
+
+
+class Grid(Protocol):
+    """What quantizers and observers must know of a number format whose range is chosen."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether only the larger of the two bounds matters."""
+
+    def parameters_for_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point that cover a range."""
+
+    def round(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return float32 ``x`` rounded to the grid."""
+
+    def range_for_parameters(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest and largest value on the grid."""
+
+    def nearest_zero_point(self, zero_point: Tensor) -> Tensor:
+        """Return the zero point of the format that is nearest to the float ``zero_point``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +68,18 @@ class AffineGrid:
         """
         low = low.detach().to(torch.float32).clamp(max=0)
         high = high.detach().to(torch.float32).clamp(min=0)
-        if not self.symmetric or (self.allow_one_sided and bool((low >= 0).all())):
+        if not self.symmetric:
             return self._asymmetric(low, high)
-        below, above = self.middle - self.quant_min, max(self.quant_max - self.middle, 1)
-        scale = _usable(torch.maximum(-low / max(below, 1), high / above))
+        scale, zero_point = self._symmetric(low, high)
+        if not self.allow_one_sided:
+            return scale, zero_point
+        one_sided = (low >= 0).all()  # stays a tensor: a decision on the host would wait for the GPU
+        other_scale, other_zero_point = self._asymmetric(low, high)
+        return torch.where(one_sided, other_scale, scale), torch.where(one_sided, other_zero_point, zero_point)
+
+    def _symmetric(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        below, above = max(self.middle - self.quant_min, 1), max(self.quant_max - self.middle, 1)
+        scale = _usable(torch.maximum(-low / below, high / above))
         return scale, torch.full_like(scale, self.middle, dtype=torch.int32)
 
     def _asymmetric(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,25 +123,23 @@ def fake_quantize(
     quant_min: int,
     quant_max: int,
     granularity: Granularity | None = None,
+    *,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
-    """Round ``x`` to the grid: same shape and dtype as ``x``.
+    """Round ``x`` to the grid: same shape and dtype as ``x``; NaN stays NaN.
 
     The gradient to ``x`` is the clipped straight-through estimator; to ``scale`` and ``zero_point``, when they
-    require one, that of LSQ (Esser et al. 2020, equations 2 and 3).
+    require one, that of LSQ (Esser et al. 2020, equation 3) and LSQ+ (Bhalgat et al. 2020), times
+    ``gradient_scale``.
     """
-    return _fake_quantize_torch(x, scale, zero_point, quant_min, quant_max, granularity or PerTensor())
-
-
-def _fake_quantize_torch(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, granularity: Granularity
-) -> Tensor:
-    view, scale, zero_point = _aligned(x, scale, zero_point, granularity)
-    v = view.to(torch.float32) * (1 / scale)
-    q = v + (torch.round(v) - v).detach()
-    q = torch.round(v) if not q.requires_grad else q
-    zero_point = zero_point.to(torch.float32)
-    q = torch.clamp(q + zero_point, quant_min, quant_max)
-    return ((q - zero_point) * scale).reshape(x.shape).to(x.dtype)
+    granularity = granularity or PerTensor()
+    if torch.compiler.is_compiling():  # the formula itself, so that the compiler fuses it with its neighbours
+        return _formula(x, scale, zero_point, quant_min, quant_max, granularity, gradient_scale)
+    tile = tile_of(granularity, x.shape)
+    scale, zero_point = fitted(granularity, x.shape, scale, zero_point)
+    return fastforward_kernels.fake_quantize_tiles(
+        x, scale, zero_point, quant_min, quant_max, tile, gradient_scale=gradient_scale
+    )
 
 
 def quantize(
@@ -122,10 +151,11 @@ def quantize(
     dtype: torch.dtype,
     granularity: Granularity | None = None,
 ) -> Tensor:
-    """Return the integers of ``x`` on the grid, stored as ``dtype``; NaN has no integer and is refused by callers."""
-    view, scale, zero_point = _aligned(x, scale, zero_point, granularity or PerTensor())
-    q = torch.round(view.to(torch.float32) * (1 / scale)) + zero_point
-    return q.clamp(quant_min, quant_max).reshape(x.shape).to(dtype)
+    """Return the integers of ``x`` on the grid, stored as ``dtype``, in the shape of ``x``."""
+    granularity = granularity or PerTensor()
+    tile = tile_of(granularity, x.shape)
+    scale, zero_point = fitted(granularity, x.shape, scale, zero_point)
+    return fastforward_kernels.ops.QUANTIZE(x, scale, zero_point, quant_min, quant_max, dtype, tile)
 
 
 def dequantize(
@@ -135,22 +165,57 @@ def dequantize(
     granularity: Granularity | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the real values of the integers ``q``."""
+    """Return the real values of the integers ``q``, in their shape."""
     granularity = granularity or PerTensor()
-    view = blocked(q, granularity.block_size(q.shape)).to(torch.float32)
-    if zero_point is not None:
-        view = view - granularity.spread(zero_point, q.shape)
-    return (view * granularity.spread(scale, q.shape)).reshape(q.shape).to(out_dtype)
+    tile = tile_of(granularity, q.shape)
+    fitted_scale, fitted_zero_point = fitted(granularity, q.shape, scale, scale if zero_point is None else zero_point)
+    zero_point = None if zero_point is None else fitted_zero_point
+    return fastforward_kernels.ops.DEQUANTIZE(q, fitted_scale, zero_point, tile, out_dtype)
 
 
-def _aligned(
-    x: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views of data and parameters that broadcast against each other."""
-    if isinstance(granularity, PerTensor):
-        return x, scale, zero_point
-    view = blocked(x, granularity.block_size(x.shape))
-    return view, granularity.spread(scale, x.shape), granularity.spread(zero_point, x.shape)
+def tile_of(granularity: Granularity, shape: Sequence[int]) -> list[int]:
+    """Return the block lengths as the kernels take them; an empty list is the whole tensor."""
+    return [] if isinstance(granularity, PerTensor) else list(granularity.block_size(shape))
+
+
+def fitted(granularity: Granularity, shape: Sequence[int], scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Return parameters with one element per block, or one for all.
+
+    Ranges that all rows share (see ``_Extrema.share_rows``) have a leading axis of one and are spread here.
+    """
+    if isinstance(granularity, PerTensor) or scale.dim() < 2 or scale.shape[0] != 1 or scale.numel() == 1:
+        return scale, zero_point
+    parameter_shape = granularity.parameter_shape(shape)
+    return scale.expand(parameter_shape), zero_point.expand(parameter_shape)
+
+
+def _formula(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    granularity: Granularity,
+    gradient_scale: float,
+) -> Tensor:
+    scale, zero_point = (_scaled_gradient(p, gradient_scale) for p in (scale, zero_point.to(torch.float32)))
+    view = x
+    if not isinstance(granularity, PerTensor):
+        view = blocked(x, granularity.block_size(x.shape))
+        scale, zero_point = granularity.spread(scale, x.shape), granularity.spread(zero_point, x.shape)
+    zero_point = _straight_through(torch.round, zero_point)
+    q = _straight_through(torch.round, view.to(torch.float32) * (1 / scale))
+    q = torch.clamp(q + zero_point, quant_min, quant_max)
+    return ((q - zero_point) * scale).reshape(x.shape).to(x.dtype)
+
+
+def _straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``function(x)`` with the gradient of the identity."""
+    return x + (function(x) - x).detach() if x.requires_grad else function(x)
+
+
+def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    return x * factor + (x - x * factor).detach() if x.requires_grad and factor != 1 else x
 
 
 def _usable(scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from fastforward.quantization.granularity import blocked
 from fastforward.quantization.mapping import FLOAT8_DTYPES, quant_bounds
-from fastforward.quantization.tensor import QuantizedTensor, interleaved
+from fastforward.quantization.tensor import QuantizedTensor, interleaved, stable_hash
 
 
 def to_affine_quantized_intx_static(
@@ -83,7 +83,7 @@ class LinearActivationQuantizedTensor(torch.Tensor):
     def __new__(
         cls: type[Self], weight: QuantizedTensor, input_quant_func: Any, quant_kwargs: dict[str, Any] | None = None
     ) -> Self:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device, requires_grad=False
         )
 
@@ -109,6 +109,10 @@ class LinearActivationQuantizedTensor(torch.Tensor):
         tensors = {key.removeprefix("_kwarg_"): value for key, value in parts.items() if key.startswith("_kwarg_")}
         return cls(parts["original_weight_tensor"], function, {**tensors, **dict(others)})
 
+    def _stable_hash_for_caching(self) -> str:
+        inner = stable_hash(self.original_weight_tensor)
+        return stable_hash(self) + inner
+
     def _with(self, transform: Callable[[Any], Any]) -> "LinearActivationQuantizedTensor":
         kwargs = {key: transform(v) if isinstance(v, Tensor) else v for key, v in self.quant_kwargs.items()}
         weight = transform(self.original_weight_tensor)
@@ -131,7 +135,7 @@ class LinearActivationQuantizedTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

@@ -1,8 +1,9 @@
 """``QuantizedTensor``: integers (or float8 values) stored with their scale, zero point and block size."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fastforward.exceptions import QuantizationError
 from fastforward.quantization.granularity import block_counts, blocked
 
 Handler = Callable[..., Any]
+_H = TypeVar("_H", bound=Handler)
 _FUNCTIONS: dict[Any, Handler] = {}
 _OPERATORS: dict[Any, Handler] = {}
 
@@ -71,7 +73,7 @@ class QuantizedTensor(torch.Tensor):
         quant_min: int | None = None,
         quant_max: int | None = None,
     ) -> Self:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, int_data.shape, strides=int_data.stride(), dtype=dtype, device=int_data.device, requires_grad=False
         )
 
@@ -106,6 +108,10 @@ class QuantizedTensor(torch.Tensor):
         zero_point = parts.get("zero_point")
         return cls(parts["int_data"], parts["scale"], zero_point, block_size, dtype, quant_min, quant_max)
 
+    def _stable_hash_for_caching(self) -> str:
+        """Return what torch.compile's cache may tell apart: everything but the values."""
+        return stable_hash(self)
+
     @property
     def tensor_impl(self) -> PlainTensorImpl:
         """The stored parts, under torchao's names."""
@@ -127,7 +133,7 @@ class QuantizedTensor(torch.Tensor):
         """Return a scale or zero point with as many axes as the tensor, each of the number of blocks."""
         return parameter.reshape(self.block_counts() if parameter.numel() > 1 else [1] * self.int_data.dim())
 
-    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """Return the values it stands for as a plain tensor, computed in float32."""
         if self.is_per_tensor():
             view, scale, zero_point = self.int_data, self.scale.reshape(()), self.zero_point
@@ -170,7 +176,7 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -194,25 +200,36 @@ def plain(value: Any) -> Any:
     return value
 
 
+def stable_hash(tensor: Any) -> str:
+    """Return a digest of a wrapper tensor's type, shape and context, and of the tensors it wraps, without values."""
+    names, context = tensor.__tensor_flatten__()
+    parts = [
+        (name, inner.__class__.__name__, inner.dtype, tuple(inner.shape), inner.stride(), inner.device)
+        for name, inner in ((name, getattr(tensor, name)) for name in names)
+    ]
+    text = repr((type(tensor).__name__, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, context, parts))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def interleaved(parameter: Tensor) -> Tensor:
     """Return ``[n0, n1, ...]`` as ``[n0, 1, n1, 1, ...]``, which broadcasts against a blocked tensor."""
     return parameter.reshape([size for count in parameter.shape for size in (count, 1)])
 
 
-def implements_function(*functions: Any) -> Callable[[Handler], Handler]:
+def implements_function(*functions: Any) -> Callable[[_H], _H]:
     """Register what a function of torch does to quantized tensors."""
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: _H) -> _H:
         _FUNCTIONS.update(dict.fromkeys(functions, handler))
         return handler
 
     return register
 
 
-def implements_operator(*operators: Any) -> Callable[[Handler], Handler]:
+def implements_operator(*operators: Any) -> Callable[[_H], _H]:
     """Register what an ATen operator does to quantized tensors; the handler gets the operator first."""
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: _H) -> _H:
         _OPERATORS.update(dict.fromkeys(operators, handler))
         return handler
 

@@ -57,7 +57,10 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def integer_factor(x: QuantizedTensor) -> Factor | None:
-    """Return ``x`` (``[..., K]``, whole rows per block) as a factor, or None if its values are no bytes or too finely blocked."""
+    """Return ``x`` (``[..., K]``) as a factor.
+
+    None if its values are no bytes, or a row has several scales.
+    """
     whole_rows = x.is_per_tensor() or x.block_size[-1] == x.shape[-1]
     if x.dim() == 0 or not whole_rows or x.int_data.dtype not in (torch.int8, torch.uint8):
         return None
@@ -80,11 +83,6 @@ def _per_row(x: QuantizedTensor, parameter: Tensor) -> Tensor:
     return view.reshape([*rows, 1]).reshape(-1, 1)
 
 
-def has_integer_zero_point(*tensors: QuantizedTensor) -> bool:
-    """Return whether all zero points are stored as, or meant as, integers."""
-    return all(x.int_data.dtype in (torch.int8, torch.uint8) for x in tensors)
-
-
 @implements_function(F.linear)
 def quantized_linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` for quantized operands: in integers where both have whole rows per block, else dequantized."""
@@ -98,18 +96,18 @@ def quantized_linear(input: Any, weight: Any, bias: Tensor | None = None) -> Ten
 
 def _grouped_product(x: QuantizedTensor, weight: QuantizedTensor) -> Tensor | None:
     """Return ``x @ weight.T``, summed over groups of ``K`` where the weight has several scales along it."""
-    factor, groups = integer_factor(x), [weight]
+    factor = integer_factor(x)
+    groups: list[Any] = [weight]
     group = weight.block_size[-1]
     if not weight.is_per_tensor() and group != weight.shape[-1]:
         groups = [weight[..., start : start + group] for start in range(0, weight.shape[-1], group)]
-    others = [integer_factor(part) for part in groups]
-    if factor is None or any(other is None for other in others):
+    others = [other for other in map(integer_factor, groups) if other is not None]
+    if factor is None or len(others) < len(groups):
         return None
-    if len(others) == 1 and others[0] is not None:
+    if len(others) == 1:
         return factor.times(others[0])
     total = torch.zeros((), device=x.device)
     for index, other in enumerate(others):
-        assert other is not None
         part = dataclasses.replace(factor, values=factor.values[:, index * group : (index + 1) * group])
         total = total + part.times(other)
     return total
@@ -146,7 +144,8 @@ def quantized_conv2d(
     numeric = not isinstance(padding, str)
     if not (isinstance(input, QuantizedTensor) and isinstance(weight, QuantizedTensor) and numeric):
         return F.conv2d(plain(input), plain(weight), plain(bias), stride, padding, dilation, groups)
-    kernel = integer_factor(weight.reshape(weight.shape[0], -1))
+    rows: Any = weight.reshape(weight.shape[0], -1)
+    kernel = integer_factor(rows)
     if kernel is None or not input.is_per_tensor() or integer_factor(input) is None or input.dim() != 4:
         return F.conv2d(plain(input), plain(weight), plain(bias), stride, padding, dilation, groups)
     pixels = _padded(input, _pair(padding))
@@ -225,7 +224,8 @@ def _mm(func: Any, a: Any, b: Any) -> Tensor:
 @implements_operator(aten.addmm.default)
 def _addmm(func: Any, bias: Tensor, a: Any, b: Any, **kwargs: Any) -> Tensor:
     if kwargs or not (isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor)):
-        return func(plain(bias), plain(a), plain(b), **kwargs)  # type: ignore[no-any-return]
+        out: Tensor = func(plain(bias), plain(a), plain(b), **kwargs)
+        return out
     return quantized_linear(a, b.t(), bias)
 
 

@@ -26,9 +26,7 @@ def rebuilt(
 
     scale = moved(old.scale)
     assert scale is not None
-    return QuantizedTensor(
-        int_data, scale, moved(old.zero_point), block_size, old.dtype, old.quant_min, old.quant_max
-    )
+    return QuantizedTensor(int_data, scale, moved(old.zero_point), block_size, old.dtype, old.quant_min, old.quant_max)
 
 
 @implements_operator(aten.detach.default, aten.alias.default, aten.clone.default)
@@ -46,7 +44,7 @@ def _to_copy(func: Any, x: QuantizedTensor, *, dtype: torch.dtype | None = None,
 
 @implements_operator(aten.t.default)
 def _t(func: Any, x: QuantizedTensor) -> QuantizedTensor:
-    return _permute(func, x, tuple(reversed(range(x.dim()))))
+    return permuted(x, tuple(reversed(range(x.dim()))))
 
 
 @implements_operator(aten.transpose.int)
@@ -54,12 +52,18 @@ def _transpose(func: Any, x: QuantizedTensor, dim0: int, dim1: int) -> Quantized
     order = list(range(x.dim()))
     a, b = wrap_dim(dim0, x.dim()), wrap_dim(dim1, x.dim())
     order[a], order[b] = order[b], order[a]
-    return _permute(func, x, order)
+    del func
+    return permuted(x, order)
 
 
 @implements_operator(aten.permute.default)
 def _permute(func: Any, x: QuantizedTensor, order: Sequence[int]) -> QuantizedTensor:
     del func
+    return permuted(x, order)
+
+
+def permuted(x: QuantizedTensor, order: Sequence[int]) -> QuantizedTensor:
+    """Return ``x`` with its axes in another order."""
     order = [wrap_dim(dim, x.dim()) for dim in order]
     block_size = [x.block_size[dim] for dim in order]
     return rebuilt(x, x.int_data.permute(order), block_size, lambda parameter: parameter.permute(order))
@@ -201,9 +205,7 @@ def _joined(tensors: Sequence[QuantizedTensor], values: Tensor, dim: int) -> Qua
         zero_point = torch.cat([full_view(x, p) for x, p in zip(tensors, points, strict=True) if p is not None], dim)
     if first.scale.dim() <= 1:
         scale, zero_point = scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1)
-    return QuantizedTensor(
-        values, scale, zero_point, first.block_size, first.dtype, first.quant_min, first.quant_max
-    )
+    return QuantizedTensor(values, scale, zero_point, first.block_size, first.dtype, first.quant_min, first.quant_max)
 
 
 def full_view(x: QuantizedTensor, parameter: Tensor) -> Tensor:
