@@ -3,6 +3,7 @@
 An :class:`Engine` holds what rewriting depends on (operator table, patterns), and one :class:`Unit` per code object.
 """
 
+import ast
 import builtins
 import dis
 import functools
@@ -25,6 +26,7 @@ import torch.utils.checkpoint
 from fastforward.autoquant.inference import Inference
 from fastforward.autoquant.marks import UNKNOWN, Context, Marks, Resolver, mark
 from fastforward.autoquant.optable import OperatorTable, default_table
+from fastforward.autoquant.patterns import PatternRule, apply_rules
 from fastforward.autoquant.rewrite import SCOPE, rewrite
 from fastforward.autoquant.sites import Site
 from fastforward.autoquant.source import (
@@ -38,7 +40,7 @@ from fastforward.autoquant.source import (
     qualname,
     skeleton,
 )
-from fastforward.exceptions import AutoquantError, QuantizationWarning
+from fastforward.exceptions import AutoquantError, QuantizationError, QuantizationWarning
 
 FunctionKind = Literal["operator", "helper", "plain"]
 
@@ -115,7 +117,10 @@ class Engine:
     """
 
     def __init__(
-        self, table: OperatorTable | None = None, patterns: Sequence[Any] = (), skip: frozenset[str] = frozenset()
+        self,
+        table: OperatorTable | None = None,
+        patterns: Sequence[PatternRule] = (),
+        skip: frozenset[str] = frozenset(),
     ) -> None:
         self.table = table if table is not None else default_table()
         self.patterns = tuple(patterns)
@@ -210,6 +215,8 @@ class Engine:
         located = locate(function)
         node, tree = _clone_in_place(located)
         resolve = resolver(function)
+        if self.patterns:
+            _apply_patterns(self.patterns, node, function, resolve)
         marks = mark(node, self.context(node, located, resolve))
         calls = _numbered_calls(node, marks)
         statics = _static_calls(calls, resolve, self)
@@ -316,6 +323,25 @@ def _is_model_code(filename: str) -> bool:
     if filename.startswith(_STDLIB) and not filename.startswith(_SITE_PACKAGES):
         return filename.endswith("contextlib.py")
     return f"{os.sep}numpy{os.sep}" not in filename
+
+
+def _apply_patterns(
+    patterns: Sequence[PatternRule], node: FunctionNode, function: types.FunctionType, resolve: Resolver
+) -> None:
+    """Apply replacement patterns to the body of ``node``; what they bring in must mean something where they put it."""
+    before = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    scope = f"{function.__module__}.{function.__qualname__}"
+    if isinstance(node, ast.Lambda):
+        node.body = apply_rules(patterns, node.body, scope)  # type: ignore[assignment]
+    else:
+        node.body = [apply_rules(patterns, statement, scope) for statement in node.body]  # type: ignore[misc]
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and inner.id not in before and resolve(inner) is UNKNOWN:
+            msg = (
+                f"{function.__code__.co_filename}:{inner.lineno}: a replacement pattern puts {inner.id!r} here, and that "
+                f"name means nothing in {function.__module__}. Import it there, or use a name that the module has."
+            )
+            raise QuantizationError(msg)
 
 
 def _clone_in_place(located: Located) -> tuple[FunctionNode, Any]:

@@ -14,7 +14,7 @@ from fastforward.exceptions import AutoquantError, QuantizationError
 from fastforward.nn import layers  # noqa: F401  (registers the hand-written layers)
 from fastforward.nn.module import QuantizedModule, quantized_module_map
 from fastforward.nn.quantizer import Quantizer
-from fastforward.nn.rewritten import RewrittenModule, companion, has_forward, swap, warn_float
+from fastforward.nn.rewritten import ADDED, RewrittenModule, companion, has_forward, swap, warn_float
 
 if TYPE_CHECKING:
     from fastforward.autoquant.patterns import PatternRule
@@ -24,7 +24,7 @@ SKIP_QUANTIZATION: Final = "skip"
 
 Target: TypeAlias = type[QuantizedModule] | None
 Skip: TypeAlias = Collection[Any] | Callable[[str, torch.nn.Module], bool] | None
-_OWN_STATE = ("_float_only", "_stubs_live", "_ff_sites", "_ff_forward", SCOPES)
+_OWN_STATE = ("_float_only", "_stubs_live", "_ff_sites", "_ff_forward", ADDED, SCOPES)
 
 
 def quantize_model(
@@ -242,6 +242,6 @@ def _restore(module: torch.nn.Module) -> None:
     state = module.__dict__
     if "_ff_forward" in state and "forward" in state:
         state["forward"] = state["_ff_forward"]
-    for name in [*module.own_quantizers(), *_OWN_STATE]:
+    for name in [*module.own_quantizers(), *state.get(ADDED, ()), *_OWN_STATE]:
         state.pop(name, None)
     object.__setattr__(module, "__class__", module.float_class)

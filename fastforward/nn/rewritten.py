@@ -20,6 +20,7 @@ from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import QuantizerMetadata, QuantizerStub
 
 _SITES = "_ff_sites"
+ADDED = "_ff_added"
 # Methods that prepare a module rather than run it.
 _SETUP = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "init_weights", "extra_repr", "__init__"})
 _TORCH_BASES = tuple(vars(torch.nn.modules.container).values())
@@ -217,6 +218,7 @@ def swap(module: torch.nn.Module, target: type[QuantizedModule]) -> None:
         for name in set(module.__dict__) - had:
             del module.__dict__[name]
         raise
+    module.__dict__[ADDED] = frozenset(module.__dict__) - had
 
 
 def warn_float(module: torch.nn.Module, reason: Sequence[str] | str) -> None:
