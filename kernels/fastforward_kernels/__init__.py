@@ -15,15 +15,33 @@ from fastforward_kernels.ops import (
     quantize,
     quantize_float8,
 )
+from fastforward_kernels.ops_matmul import float8_linear, int8_conv, int8_linear, int8_matmul, weight_only_linear
+from fastforward_kernels.packing import (
+    PackedWeight,
+    PackedWeightOnly,
+    pack_conv_weight,
+    pack_linear_weight,
+    pack_weight_only,
+)
 
 __all__ = [
+    "PackedWeight",
+    "PackedWeightOnly",
     "dequantize",
     "fake_quantize",
     "fake_quantize_float8",
     "fake_quantize_out",
     "fake_quantize_tiles",
+    "float8_linear",
     "histogram",
+    "int8_conv",
+    "int8_linear",
+    "int8_matmul",
     "min_max",
+    "pack_conv_weight",
+    "pack_linear_weight",
+    "pack_weight_only",
     "quantize",
     "quantize_float8",
+    "weight_only_linear",
 ]

@@ -2,8 +2,9 @@
 
 ``q = clamp(rint(x * (1 / scale)) + zero_point, qmin, qmax)`` and ``x_hat = (q - zero_point) * scale``, in float32
 whatever the data type, then rounded once to it: bit-equal to ``torch.fake_quantize_per_tensor_affine``, its
-per-channel form and ``torch.quantize_per_tensor`` for finite values below 2**31 scales (larger ones saturate here; ATen's conversion to
-integers wraps around). NaN goes through fake quantization and is refused by integer quantization.
+per-channel form and ``torch.quantize_per_tensor`` for finite values below 2**31 scales. Larger ones saturate
+here, where ATen's conversion to integers wraps around. NaN goes through fake quantization and is
+refused by integer quantization.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,152 @@
+"""Plain torch: the definition of the matrix kernels. Integer products are summed in float64, where they are exact."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastforward_kernels import epilogue, packing
+
+
+def int8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+) -> Tensor:
+    """``x [..., k]`` int8 or uint8 by ``weight [n, k]`` int8; one scale and zero point of ``x``, or one per row."""
+    del weight_sums
+    epilogue.check(activation, out_dtype, out_scale)
+    rows = x.reshape(-1, x.shape[-1])
+    acc = (centred(rows, column(x_zero_point)) @ centred(weight, column(weight_zero_point)).t()).to(torch.int32)
+    shape = (*x.shape[:-1], weight.shape[0])
+    residual = None if residual is None else residual.reshape(acc.shape)
+    y = epilogue.apply(
+        acc, (column(x_scale), weight_scale), bias, residual, activation, out_dtype, out_scale, out_zero_point
+    )
+    return y.reshape(shape)
+
+
+def int8_linear_quantizing(
+    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, qmin: int, qmax: int, *rest: Any
+) -> Tensor:
+    """Quantize floating ``x`` to ``[qmin, qmax]`` with one scale, or one per row, then :func:`int8_linear`."""
+    scale, zero_point = column(x_scale), column(x_zero_point)
+    rows = x.reshape(-1, x.shape[-1]).float()
+    q = (torch.round(rows * (1 / scale)) + zero_point).clamp(qmin, qmax).to(storage(qmin))
+    return int8_linear(q.reshape(x.shape), x_scale, x_zero_point, *rest)
+
+
+def storage(qmin: int) -> torch.dtype:
+    """Return the 8-bit type that holds a grid from ``qmin``."""
+    return torch.int8 if qmin < 0 else torch.uint8
+
+
+def column(parameter: Tensor | None) -> Any:
+    """View one parameter per row as a column, one for all as it is; None is zero."""
+    if parameter is None:
+        return 0
+    return parameter.reshape(()) if parameter.numel() == 1 else parameter.reshape(-1, 1)
+
+
+def centred(q: Tensor, zero_point: Any) -> Tensor:
+    """Return ``q - zero_point`` as float64."""
+    values: Tensor = q.to(torch.float64) - zero_point
+    return values
+
+
+def int8_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+) -> Tensor:
+    """``a [batch, m, k]`` by ``b [batch, k, n]``, both int8 or uint8 with one scale and zero point each."""
+    epilogue.check("none", out_dtype, out_scale)
+    acc = (centred(a, column(a_zero_point)) @ centred(b, column(b_zero_point))).to(torch.int32)
+    factors = (a_scale.reshape(()), b_scale.reshape(()))
+    return epilogue.apply(acc, factors, None, None, "none", out_dtype, out_scale, out_zero_point)
+
+
+def int8_conv(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+) -> Tensor:
+    """Convolution in one or two dimensions, padded with the activation's zero point (that is, with real zeros)."""
+    del weight_sums
+    epilogue.check(activation, out_dtype, out_scale)
+    per_channel = [-1] + [1] * (weight.dim() - 2)
+    zero_point = 0 if weight_zero_point is None else weight_zero_point.reshape(-1, *[1] * (weight.dim() - 1))
+    convolve = functional.conv1d if weight.dim() == 3 else functional.conv2d
+    data = centred(x, column(x_zero_point)), centred(weight, zero_point)
+    acc = convolve(*data, None, list(stride), list(padding), list(dilation), groups).to(torch.int32)
+    factors = (x_scale.reshape(()), weight_scale.reshape(per_channel))
+    bias = None if bias is None else bias.reshape(per_channel)
+    y = epilogue.apply(acc, factors, bias, residual, activation, out_dtype, out_scale, out_zero_point)
+    return channels_last(y)
+
+
+def channels_last(y: Tensor) -> Tensor:
+    """Return ``y`` in the layout in which integer convolutions deliver: channels fastest in two dimensions."""
+    return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y.contiguous()
+
+
+def float8_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """``x [..., k]`` by ``weight [n, k]``, both float8; one scale each, or one per row."""
+    rows = x.reshape(-1, x.shape[-1]).float() @ weight.float().t()
+    y = rows * column(x_scale) * weight_scale.reshape(-1)
+    y = y if bias is None else y + bias
+    return y.to(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def weight_only_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, bias: Tensor | None
+) -> Tensor:
+    """Floating ``x [..., k]`` by an integer weight, dequantized to the data type of ``x``."""
+    y: Tensor = functional.linear(x, dequantized(weight, scale, zero_point, group_size, x.dtype), bias)
+    return y
+
+
+def dequantized(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Return ``(q - zero_point) * scale`` of a packed weight: ``[n, k]``, computed in float32."""
+    q = packing.unpack_weight_only(weight).to(torch.float32)
+    groups = q.view(q.shape[0], -1, group_size)
+    if zero_point is not None:
+        groups = groups.sub_(zero_point.unsqueeze(-1))
+    values: Tensor = (groups * scale.unsqueeze(-1)).view(q.shape).to(dtype)
+    return values
