@@ -1,0 +1,367 @@
+"""FlowRecorder: watches a run and yields its :class:`~fastforward.calibration.flow.Flow`.
+
+Three things report. A torch-function mode sees every operator; stubs and quantizers report the tensors that pass them;
+module hooks say whose code is running. Tensors are followed by identity and held weakly.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+import fastforward
+from fastforward.autoquant.optable import Operator, OperatorTable, default_table
+from fastforward.calibration.flow import OUTPUT, Flow, Operand, OperandKind, Site, quantizer_names
+from fastforward.calibration.macs import multiply_accumulates
+from fastforward.calibration.trace import UNLISTED_MOVES, Trace, fresh, is_parameter, moved, quantized, tensors_in
+from fastforward.nn.module import stubs_live
+from fastforward.nn.quantizer import Quantizer, recording
+
+_SKIPPED_SOURCES = (str(Path(fastforward.__file__).parent), str(Path(torch.__file__).parent))
+# `W @ x`: rows of the first factor become the output's channels, as columns of the second do in the table.
+_ROWS_OF_FIRST = {"matmul": "input", "mm": "input", "bmm": "input", "addmm": "mat1", "baddbmm": "batch1"}
+_QUERIES = frozenset({"is_same_size", "data_ptr", "storage_offset", "grad", "_version", "__set__", "backward"})
+
+
+class Listener(Protocol):
+    """Is told of every call of a multiplying operator."""
+
+    def operator_ran(
+        self, site: Site, function: Any, operator: Operator, arguments: dict[str, Any], traces: Mapping[str, Trace]
+    ) -> None: ...
+
+
+class FlowRecorder(TorchFunctionMode):
+    """Records while it is entered; afterwards ``flow()`` says what happened.
+
+    Args:
+        model: The model that will run.
+        table: The operator table; the bundled one by default.
+        integer: Says of a module which operator it runs on integers; what happens inside is then not looked at.
+        listener: Is told of the operands of every multiplying operator.
+        live: Call stubs too; without it only active quantizers report.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        table: OperatorTable | None = None,
+        integer: Callable[[torch.nn.Module], str | None] | None = None,
+        listener: Listener | None = None,
+        live: bool = True,
+    ) -> None:
+        super().__init__()
+        self._model, self._table, self._listener, self._live = model, table or default_table(), listener, live
+        self._integer = integer or (lambda module: None)
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._stack: list[torch.nn.Module] = []
+        self._hidden = 0
+        self._traces: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._sites: dict[tuple[Any, ...], Site] = {}
+        self._operands: dict[int, tuple[tuple[Operand, Quantizer | None], ...]] = {}
+        self._consumers: dict[int, set[int]] = {}
+        self._values: dict[int, set[int]] = {}
+        self._quantizers: dict[int, Quantizer] = {}
+        self._unsited: dict[int, int] = {}
+        self._exit = contextlib.ExitStack()
+
+    # ------------------------------------------------------------------ life
+    def __enter__(self) -> "FlowRecorder":
+        with contextlib.ExitStack() as stack:
+            if self._live:
+                stack.enter_context(stubs_live(self._model))
+            stack.enter_context(recording(self))
+            stack.enter_context(_functionals_open())
+            before = torch.nn.modules.module.register_module_forward_pre_hook(self._enter_module)
+            stack.callback(before.remove)
+            after = torch.nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True)
+            stack.callback(after.remove)
+            self._exit = stack.pop_all()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        self._exit.close()
+        self._stack.clear()
+        self._hidden = 0
+
+    def output(self, result: Any) -> None:
+        """Say what the model returned: its tensors are used outside."""
+        for tensor in tensors_in(result):
+            producer = self._trace(tensor).producer
+            if producer is not None:
+                self._consumers.setdefault(producer, set()).add(OUTPUT)
+
+    # ------------------------------------------------------------------ modules
+    def _enter_module(self, module: torch.nn.Module, args: Any) -> None:
+        self._stack.append(module)
+        self._hidden += self._opaque(module)
+
+    def _leave_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not self._stack or self._stack[-1] is not module:
+            return
+        self._stack.pop()
+        self._hidden -= self._opaque(module)
+        operator = self._integer(module)
+        if operator is not None and self._hidden == 0:
+            self._integer_ran(module, operator, args, output)
+
+    def _opaque(self, module: torch.nn.Module) -> int:
+        return int(isinstance(module, Quantizer) or self._integer(module) is not None)
+
+    def _integer_ran(self, module: torch.nn.Module, operator: str, args: Any, output: Any) -> None:
+        site = self._site(operator, self._module_path(module), (), ())
+        site.integer, site.multiplies = True, operator not in ("embedding", "embedding_bag")
+        site.calls += 1
+        out = next(iter(tensors_in(output)), None)
+        weight = getattr(module, "weight", None)
+        if out is not None and site.multiplies:
+            shape = tuple(getattr(module, "weight_shape", ())) or (tuple(weight.shape) if weight is not None else ())
+            per_output = 1
+            for size in shape[1:]:
+                per_output *= int(size)
+            site.macs += out.numel() * per_output
+        self._consume(site, tensors_in(args))
+        for tensor in tensors_in(output):
+            self._traces[tensor] = fresh(tensor, producer=site.number)
+
+    def _module_path(self, module: torch.nn.Module | None = None) -> str:
+        if module is not None:
+            return self._paths.get(id(module), "")
+        return next((self._paths[id(m)] for m in reversed(self._stack) if id(m) in self._paths), "")
+
+    # ------------------------------------------------------------------ stubs and quantizers
+    def record(self, quantizer: Quantizer, tensor_in: Tensor, tensor_out: Tensor) -> Tensor:
+        """Note that a tensor passed ``quantizer``; what goes on is another object, so that uses can be told apart."""
+        trace = self._trace(tensor_in)
+        self._quantizers[id(quantizer)] = quantizer
+        self._unsited.pop(trace.root, None)
+        if tensor_out is tensor_in:
+            tensor_out = torch.ops.aten.alias(tensor_in)
+        self._traces[tensor_out] = quantized(trace, quantizer, tensor_out)
+        return tensor_out
+
+    def _trace(self, tensor: Tensor) -> Trace:
+        known: Trace | None = self._traces.get(tensor)
+        if known is None:
+            known = self._traces[tensor] = fresh(tensor, parameter=is_parameter(tensor))
+        return known
+
+    # ------------------------------------------------------------------ operators
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._hidden:
+            return func(*args, **kwargs)
+        name = _name(func)
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        before = self._trace(args[0]) if writes and args and isinstance(args[0], Tensor) else None
+        result = func(*args, **kwargs)
+        outs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+        if name == "__setitem__" and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            outs = [args[0]]
+        if outs and name not in _QUERIES:
+            self._note(func, name, args, kwargs, outs, before)
+        return result
+
+    def _note(self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor], before: Trace | None) -> None:
+        operator = self._operator(func, name)
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        if source is not None and before is None and self._moves(operator, name, args, kwargs):
+            trace = self._trace(source)
+            for out in outs:
+                if out is not source:
+                    self._traces[out] = moved(trace, name, args, kwargs, source, out)
+            return
+        inputs = [tensor for tensor in tensors_in([args, kwargs]) if tensor.is_floating_point()]
+        if not inputs or (operator is not None and operator.kind == "move" and self._joined(inputs, outs)):
+            return
+        self._computed(func, operator, name, args, kwargs, inputs, outs)
+
+    def _moves(self, operator: Operator | None, name: str, args: Any, kwargs: Any) -> bool:
+        if name in ("dropout", "alpha_dropout", "feature_dropout", "native_dropout"):
+            return not (kwargs.get("train", kwargs.get("training", args[2] if len(args) > 2 else True)))
+        return name in UNLISTED_MOVES or (operator is not None and operator.kind == "move")
+
+    def _joined(self, inputs: list[Tensor], outs: list[Tensor]) -> bool:
+        """Whether a movement of several tensors (stack, broadcast) took all of them from one quantizer."""
+        traces = [self._trace(tensor) for tensor in inputs]
+        if len({id(trace.quantizer) for trace in traces}) != 1 or traces[0].quantizer is None:
+            return False
+        for out in outs:
+            self._traces[out] = moved(traces[0], "stack", (), {}, inputs[0], out)
+        return True
+
+    def _computed(
+        self, func: Any, operator: Operator | None, name: str, args: Any, kwargs: Any,
+        inputs: list[Tensor], outs: list[Tensor],
+    ) -> None:  # fmt: skip
+        arguments = _bind(operator, name, args, kwargs) if operator is not None else {}
+        operands, traces = self._operands_of(operator, arguments)
+        label = operator.identifier if operator is not None else name
+        site = self._site(label, self._module_path(), operands, tuple(id(q) for _, q in operands))
+        site.calls += 1
+        if operator is not None and operator.multiplied:
+            site.multiplies = True
+            site.macs += multiply_accumulates(operator.identifier, arguments, outs)
+            if self._listener is not None:
+                self._listener.operator_ran(site, func, operator, arguments, traces)
+        from_parameters = all(self._trace(tensor).parameter for tensor in inputs)
+        self._consume(site, inputs)
+        for out in outs:
+            trace = self._traces[out] = fresh(out, parameter=from_parameters, producer=site.number)
+            self._unsited[trace.root] = site.number
+
+    def _consume(self, site: Site, inputs: Iterable[Tensor]) -> None:
+        for tensor in inputs:
+            producer = self._trace(tensor).producer
+            if producer is not None and producer != site.number:
+                self._consumers.setdefault(producer, set()).add(site.number)
+
+    def _operands_of(
+        self, operator: Operator | None, arguments: Mapping[str, Any]
+    ) -> tuple[tuple[tuple[Operand, Quantizer | None], ...], dict[str, Trace]]:
+        found: list[tuple[Operand, Quantizer | None]] = []
+        traces: dict[str, Trace] = {}
+        names = dict.fromkeys((*operator.multiplied, *operator.axes)) if operator is not None else {}
+        for argument in names:
+            for tensor in tensors_in(arguments.get(argument)):
+                if tensor.is_floating_point():
+                    traces.setdefault(argument, self._trace(tensor))
+                    found.append(self._operand(operator, argument, tensor))
+        return tuple(found), traces
+
+    def _operand(self, operator: Any, argument: str, tensor: Tensor) -> tuple[Operand, Quantizer | None]:
+        trace = self._trace(tensor)
+        axis = operator.weight_axis(argument)
+        if axis is None and _ROWS_OF_FIRST.get(operator.identifier) == argument and tensor.dim() >= 2:
+            axis = -2
+        kind: OperandKind = "weight" if trace.parameter and axis is not None else "activation"
+        quantizer = trace.quantizer
+        if kind == "activation" and quantizer is not None:
+            self._values.setdefault(id(quantizer), set()).add(trace.value)
+        followed = trace.axes[axis] if kind == "weight" and axis is not None and tensor.dim() else -1
+        operand = Operand(
+            argument,
+            kind,
+            None,
+            quantizer is not None and not quantizer.is_stub(),
+            None if followed < 0 else followed,
+            trace.shape if kind == "weight" else None,
+            trace.producer,
+        )
+        return operand, quantizer
+
+    def _operator(self, func: Any, name: str) -> Operator | None:
+        found = self._table.find_callable(func)
+        if found is None and name.startswith("__"):
+            plain = name.strip("_")
+            found = self._table.find_method(plain) or self._table.find_method(plain.removeprefix("r"))
+        return found or self._table.find_method(name)
+
+    def _site(self, operator: str, module: str, operands: Any, quantizers: tuple[int, ...]) -> Site:
+        file, line = _user_place()
+        key = operator, module, file, line, quantizers
+        known = self._sites.get(key)
+        if known is None:
+            known = self._sites[key] = Site(len(self._sites), operator, module, file, line)
+            self._operands[known.number] = operands
+        return known
+
+    # ------------------------------------------------------------------ result
+    def flow(self) -> Flow:
+        """What was recorded; names of stubs that appeared during the run included."""
+        import dataclasses
+
+        names = quantizer_names(self._model)
+        sites = list(self._sites.values())
+        for site in sites:
+            site.operands = tuple(
+                dataclasses.replace(operand, quantizer=names.get(id(quantizer)))
+                for operand, quantizer in self._operands[site.number]
+            )
+        outside = sorted(set(self._unsited.values()))
+        return Flow(
+            sites,
+            frozenset(names[key] for key in self._quantizers if key in names),
+            self._shared(names),
+            {producer: frozenset(used) for producer, used in self._consumers.items()},
+            [sites[number] for number in outside],
+        )
+
+    def _shared(self, names: Mapping[int, str]) -> list[frozenset[str]]:
+        groups: dict[frozenset[int], set[str]] = {}
+        for quantizer, values in self._values.items():
+            if quantizer in names:
+                groups.setdefault(frozenset(values), set()).add(names[quantizer])
+        return [frozenset(group) for group in groups.values() if len(group) > 1]
+
+
+def _name(func: Any) -> str:
+    """The name of a torch function; for an attribute of a tensor, the attribute's."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def _bind(operator: Operator, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of the operator's schema; those of a variadic parameter as a list."""
+    if name.startswith("__r") and len(args) == 2:
+        args = args[::-1]
+    bound: dict[str, Any] = {}
+    for index, value in enumerate(args):
+        parameter = operator.parameter_at(index)
+        if parameter is None:
+            continue
+        if parameter.variadic:
+            bound.setdefault(parameter.name, []).append(value)
+        else:
+            bound[parameter.name] = value
+    return {**bound, **kwargs}
+
+
+def _user_place() -> tuple[str | None, int | None]:
+    """File and line of the innermost code that belongs neither to torch nor to FastForward."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_SKIPPED_SOURCES) and not file.startswith("<"):
+            return file, frame.f_lineno
+        frame = frame.f_back
+    return None, None
+
+
+def _no_subclass(args: Iterable[Any]) -> bool:
+    """As ``has_torch_function``, but blind to modes."""
+    return any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
+
+
+@contextlib.contextmanager
+def _functionals_open() -> Iterator[None]:
+    """Let a mode look into the Python functions of ``torch.nn.functional``.
+
+    Each of them begins by asking whether some mode wants the call as a whole, and hands it the original function if so:
+    the products inside would go unseen, and a rewritten copy of the function would be left for the original.
+    """
+    namespace = vars(torch.nn.functional)
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    kept = {name: namespace[name] for name in names if name in namespace}
+    replaced = {
+        "has_torch_function": _no_subclass,
+        "has_torch_function_unary": lambda arg: _no_subclass((arg,)),
+        "has_torch_function_variadic": lambda *args: _no_subclass(args),
+    }
+    namespace.update({name: replaced[name] for name in kept})
+    try:
+        yield
+    finally:
+        namespace.update(kept)
