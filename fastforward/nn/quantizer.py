@@ -29,9 +29,12 @@ Override = Callable[["Quantizer", Callable[..., Tensor], tuple[Any, ...], dict[s
 
 
 class Recorder(Protocol):
-    """Is told of every call of a quantizer or stub with a floating tensor, while it is the active recorder."""
+    """Is told of every call of a quantizer or stub with a floating tensor, while it is the active recorder.
 
-    def record(self, quantizer: "Quantizer", tensor_in: Tensor, tensor_out: Tensor) -> None: ...
+    What it returns goes on instead of ``tensor_out``: the same data, maybe as another object.
+    """
+
+    def record(self, quantizer: "Quantizer", tensor_in: Tensor, tensor_out: Tensor) -> Tensor: ...
 
 
 recorder: Recorder | None = None
@@ -211,7 +214,7 @@ class Quantizer(torch.nn.Module):
             call = _overridden(self, override, call)
         out = call(x)
         if recorder is not None:
-            recorder.record(self, x, out)
+            out = recorder.record(self, x, out)
         return out
 
     def register_override(self, override: Override) -> OverrideHandle:
