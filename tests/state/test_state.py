@@ -1,0 +1,391 @@
+"""Saving and loading: what comes back is bit-identical, what does not fit is refused and changes nothing."""
+
+import copy
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastforward as ff
+from fastforward.exceptions import QuantizationWarning, StateError
+from fastforward.nn.linear_quantizer import LinearQuantizer
+from fastforward.nn.quantizer import Quantizer
+from fastforward.selection.quantizers import all_quantizers
+from fastforward.selection.scheme import REASON
+from fastforward.state_file import read_manifest
+
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.table = nn.Parameter(torch.randn(width, width))
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, x):
+        return torch.matmul(self.inner(x).relu(), self.table) + x
+
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.embed = nn.Embedding(10, width)
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+TOKENS = torch.arange(40).reshape(4, 10) % 10
+
+
+def quantized(scheme="w8a8", net=None):
+    net = ff.quantize_model(Net() if net is None else net)
+    ff.schemes.get(scheme).apply(net)
+    with ff.estimate_ranges(net, ff.observers.MinMax):
+        net(TOKENS)
+    return net
+
+
+def reasons(net):
+    return [getattr(q, REASON) for q in all_quantizers(net).modules() if not q.is_stub()]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    net = quantized()
+    return net, ff.save_quantization(net, tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4_g32", "w4a4", "w8"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_loaded_model_computes_the_same_bits(tmp_path, scheme, prepared):
+    net = quantized(scheme)
+    path = ff.save_quantization(net, tmp_path)
+    other = Net()
+    if prepared:
+        ff.quantize_model(other)
+    loaded = ff.load_quantization(other, path)
+    assert loaded is other
+    assert torch.equal(loaded(TOKENS), net(TOKENS))
+    assert loaded.head.weight is loaded.embed.weight
+    reasons = [getattr(q, "selection_reason", None) for q in all_quantizers(net).modules() if not q.is_stub()]
+    assert reasons == [
+        getattr(q, "selection_reason", None) for q in all_quantizers(loaded).modules() if not q.is_stub()
+    ]
+
+
+def test_a_fresh_process_computes_the_same_bits(saved, tmp_path):
+    net, path = saved
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import fastforward as ff; import test_state as t;"
+        "net = ff.load_quantization(t.Net(), sys.argv[2]); torch.save(net(t.TOKENS), sys.argv[3])"
+    )
+    out = tmp_path / "out.pt"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    here = os.path.dirname(__file__)
+    subprocess.run([sys.executable, "-c", code, here, str(path), str(out)], check=True, env=environment)
+    assert torch.equal(torch.load(out), net(TOKENS))
+
+
+def test_loading_over_other_quantizers_replaces_them(saved):
+    net, path = saved
+    other = quantized("w4a4")
+    ff.load_quantization(other, path)
+    assert torch.equal(other(TOKENS), net(TOKENS))
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(saved):
+    net, path = saved
+    manifest = read_manifest(path)
+    assert manifest["parameters"]["head.weight"] == manifest["parameters"]["embed.weight"]
+    assert sum(record["shape"] == [10, 8] for record in manifest["tensors"].values()) == 1
+
+
+def test_without_weights_the_state_is_small_and_fits_the_same_weights(saved, tmp_path):
+    net, path = saved
+    small = ff.save_quantization(net, tmp_path / "small.safetensors", weights=False)
+    assert small.stat().st_size < path.stat().st_size
+    other = Net()
+    other.load_state_dict({name: value for name, value in net.state_dict().items() if "quantizer" not in name})
+    assert torch.equal(ff.load_quantization(other, small)(TOKENS), net(TOKENS))
+
+
+def test_smoothing_is_part_of_the_state(tmp_path):
+    net = quantized()
+    net.head.smoothing = torch.rand(8) + 0.5
+    for weights in (True, False):
+        path = ff.save_quantization(net, tmp_path, weights=weights)
+        loaded = ff.load_quantization(copy.deepcopy(ff.dequantize_model(copy.deepcopy(net))), path)
+        assert torch.equal(loaded(TOKENS), net(TOKENS))
+
+
+def test_scales_stay_float32_in_a_half_precision_model(tmp_path):
+    net = quantized(net=Net().bfloat16())
+    path = ff.save_quantization(net, tmp_path)
+    loaded = ff.load_quantization(Net().bfloat16(), path)
+    assert loaded.head.weight_quantizer.scale.dtype == torch.float32
+    assert torch.equal(loaded(TOKENS), net(TOKENS))
+    with pytest.raises(StateError, match="torch.float32 here and .* torch.bfloat16 in the state"):
+        ff.load_quantization(Net(), path)
+
+
+def test_learned_scales_come_back_as_parameters(tmp_path):
+    net = quantized()
+    if not hasattr(net.head.weight_quantizer, "learn_range"):
+        pytest.skip("no learned ranges")
+    net.head.weight_quantizer.learn_range()
+    names = {name for name, _ in net.named_parameters() if "quantizer" in name}
+    assert names
+    loaded = ff.load_quantization(Net(), ff.save_quantization(net, tmp_path))
+    assert {name for name, _ in loaded.named_parameters() if "quantizer" in name} == names
+    assert torch.equal(loaded(TOKENS), net(TOKENS))
+
+
+def test_a_shared_quantizer_stays_shared(tmp_path):
+    net = quantized()
+    net.blocks[1].inner.input_quantizer = net.blocks[0].inner.input_quantizer
+    loaded = ff.load_quantization(Net(), ff.save_quantization(net, tmp_path))
+    assert loaded.blocks[1].inner.input_quantizer is loaded.blocks[0].inner.input_quantizer
+
+
+@pytest.mark.parametrize("size", [1, 300, 700, 10**9])
+def test_states_are_split_into_files_and_replaced_as_a_whole(tmp_path, size):
+    path = tmp_path / "net.safetensors"
+    first = quantized()
+    ff.save_quantization(first, path, max_shard_size=200)
+    net = quantized("w4a4")
+    ff.save_quantization(net, path, max_shard_size=size)
+    names = read_manifest(path)["shards"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["net.safetensors", *names])
+    assert torch.equal(ff.load_quantization(Net(), path)(TOKENS), net(TOKENS))
+    if names:
+        (tmp_path / names[0]).unlink()
+        with pytest.raises(StateError, match="cannot read"):
+            ff.load_quantization(Net(), path)
+
+
+def test_a_save_that_fails_leaves_the_old_file(saved, tmp_path, monkeypatch):
+    net, path = saved
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StateError, match="No space left"):
+        ff.save_quantization(net, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    with pytest.raises(StateError, match="no quantizer"):
+        ff.save_quantization(ff.quantize_model(Net()), tmp_path)
+    net = quantized()
+    with ff.estimate_ranges(net, ff.observers.MinMax):
+        net(TOKENS)
+        with pytest.raises(StateError, match="being observed"):
+            ff.save_quantization(net, tmp_path)
+    with pytest.raises(ValueError, match="max_shard_size"):
+        ff.save_quantization(net, tmp_path, max_shard_size=0)
+    with pytest.raises(StateError, match="cannot write"):
+        ff.save_quantization(net, tmp_path / "missing" / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+class Mine(Quantizer):
+    def __init__(self, step, metadata=None):
+        super().__init__(metadata)
+        self.step = step
+
+    def simulate(self, x):
+        return torch.round(x / self.step) * self.step
+
+
+def test_quantizer_classes_of_ones_own_are_named_when_loading(tmp_path):
+    net = quantized("w8")
+    ff.find_quantizers(net, "head/input_quantizer").initialize(Mine, step=0.25)
+    path = ff.save_quantization(net, tmp_path)
+    with pytest.raises(StateError, match="unknown quantizer class 'Mine'"):
+        ff.load_quantization(Net(), path)
+    loaded = ff.load_quantization(Net(), path, classes={"Mine": Mine})
+    assert loaded.head.input_quantizer.step == 0.25
+    assert torch.equal(loaded(TOKENS), net(TOKENS))
+    net.head.input_quantizer.step = object()
+    with pytest.raises(StateError, match="state_arguments"):
+        ff.save_quantization(net, tmp_path)
+
+
+def test_a_quantizer_without_a_range_is_saved_without_one(tmp_path):
+    net = ff.quantize_model(Net())
+    ff.schemes.get("w8").apply(net)
+    loaded = ff.load_quantization(Net(), ff.save_quantization(net, tmp_path))
+    assert isinstance(loaded.head.weight_quantizer, LinearQuantizer)
+    assert not loaded.head.weight_quantizer.is_calibrated
+
+
+class Wider(Net):
+    def __init__(self):
+        super().__init__(16)
+
+
+class Renamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, tokens):
+        return self.net(tokens)
+
+
+class Longer(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks.append(Block())
+
+
+class Shorter(Net):
+    def __init__(self):
+        super().__init__()
+        del self.blocks[1]
+
+
+class Other(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks[1] = nn.Linear(8, 8)
+
+
+class Untied(Net):
+    def __init__(self):
+        super().__init__()
+        self.head.weight = nn.Parameter(torch.zeros(10, 8))
+
+
+def fingerprint(model):
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    return type(model), [type(module) for module in model.modules()], tensors, set(model.__dict__)
+
+
+def same(one, other):
+    return one[:2] == other[:2] and one[3] == other[3] and all(torch.equal(one[2][n], other[2][n]) for n in one[2])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Wider, r"embed.weight is \(10, 16\) torch.float32 here and \(10, 8\)"),
+        (Renamed, "the model is a Renamed here and a Net in the state"),
+        (Longer, r"the state has no blocks\.2\."),
+        (Shorter, r"module 'blocks\.1' \(Block\) does not exist"),
+        (Other, r"module 'blocks\.1' is a Linear here and a Block in the state"),
+        (lambda: nn.ReLU(), "the model is a ReLU here and a Net in the state"),
+    ],
+)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_model_that_does_not_fit_is_refused_and_untouched(saved, make, reason, prepared):
+    _, path = saved
+    model = ff.quantize_model(make()) if prepared else make()
+    before = fingerprint(model)
+    with pytest.raises(StateError, match=reason):
+        ff.load_quantization(model, path)
+    assert same(fingerprint(model), before)
+
+
+def test_weights_tied_in_the_model_but_not_in_the_state_are_refused(tmp_path):
+    net = quantized(net=Untied())
+    net.__class__.__qualname__ = "Net"
+    path = ff.save_quantization(net, tmp_path)
+    with pytest.raises(StateError, match="embed.weight and head.weight are tied in the model and differ"):
+        ff.load_quantization(Net(), path)
+
+
+def test_partial_loading_takes_what_fits_and_warns_about_the_rest(saved):
+    net, path = saved
+    shorter = Shorter()
+    with pytest.warns(QuantizationWarning, match=r"there is no site blocks\.1\.inner|module 'blocks\.1'"):
+        ff.load_quantization(shorter, path, partial=True)
+    assert torch.equal(shorter.blocks[0].table, net.blocks[0].table)
+    assert shorter.blocks[0].inner.input_quantizer.is_calibrated
+    shorter(TOKENS)
+
+
+def write_module(path, body):
+    path.write_text(
+        "import torch\nfrom torch import nn\nclass Changing(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.weight = nn.Parameter(torch.eye(4))\n"
+        f"    def forward(self, x):\n        {body}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "loads"),
+    [
+        ("return torch.matmul(x, self.weight)  # only a comment", True),
+        ("return torch.matmul(x.relu().abs(), self.weight).abs()", True),
+        ("return torch.matmul(x, x.transpose(0, 1) @ x)", False),
+    ],
+)
+def test_a_changed_class_says_which_sites_moved(tmp_path, monkeypatch, edit, loads):
+    monkeypatch.syspath_prepend(tmp_path)
+    models = []
+    for name, body in (("changing_before", "return torch.matmul(x, self.weight)"), ("changing_after", edit)):
+        write_module(tmp_path / f"{name}.py", body)
+        models.append(importlib.import_module(name).Changing())
+    net = ff.quantize_model(models[0])
+    ff.find_quantizers(net, "**/[qtag:parameter]").initialize(LinearQuantizer, num_bits=8)
+    with ff.estimate_ranges(net, ff.observers.MinMax):
+        net(torch.randn(2, 4))
+    path = ff.save_quantization(net, tmp_path / "state.safetensors")
+    if loads:
+        loaded = ff.load_quantization(models[1], path)
+        assert torch.equal(loaded.quantizer_self_weight.scale, net.quantizer_self_weight.scale)
+    else:
+        with pytest.raises(StateError, match=r"source of Changing .* has changed since saving: sites gone: quantizer_"):
+            ff.load_quantization(models[1], path)
+
+
+def apply_twice(function, x):
+    return function(function(x))
+
+
+class Dynamic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = {"act": torch.tanh, "double": lambda x: x + x}
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for name in ("act", "double"):
+            x = self.table[name](x)
+        return self.inner(x)
+
+
+def test_sites_that_only_a_run_shows_wait_for_that_run(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    net = ff.quantize_model(Dynamic())
+    before = set(all_quantizers(net).full_names())
+    net(x)
+    late = set(all_quantizers(net).full_names()) - before
+    assert late, "the model no longer has sites that only a run shows"
+    ff.find_quantizers(net, "**").initialize(LinearQuantizer, num_bits=8)
+    with ff.estimate_ranges(net, ff.observers.MinMax):
+        net(x)
+    path = ff.save_quantization(net, tmp_path)
+    loaded = ff.load_quantization(Dynamic(), path)
+    again = ff.save_quantization(loaded, tmp_path / "again.safetensors")
+    for model in (loaded, ff.load_quantization(Dynamic(), again)):
+        assert torch.equal(model(x), net(x))
+        assert late <= set(all_quantizers(model).full_names())
