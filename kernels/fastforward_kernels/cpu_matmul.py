@@ -219,7 +219,7 @@ def int8_conv(
     data, zero_point = unsigned(x, x_zero_point)
     inputs = (data, float(x_scale), zero_point, _conv_pack(weight, weight_scale, geometry), weight_scale)
     zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
-    if residual is None and (x.dim() == 4 or activation in ("none", "relu")):
+    if residual is None and activation in ("none", "relu"):
         step, zero = _output_grid(out_scale, out_zero_point)
         made = torch.float32 if out_dtype == torch.float16 else out_dtype
         name, algorithm = POST_OPS[activation]

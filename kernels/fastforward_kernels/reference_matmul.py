@@ -147,6 +147,5 @@ def dequantized(
     q = packing.unpack_weight_only(weight).to(torch.float32)
     groups = q.view(q.shape[0], -1, group_size)
     if zero_point is not None:
-        groups = groups.sub_(zero_point.unsqueeze(-1))
-    values: Tensor = (groups * scale.unsqueeze(-1)).view(q.shape).to(dtype)
-    return values
+        groups.sub_(zero_point.unsqueeze(-1))
+    return groups.mul_(scale.unsqueeze(-1)).view(q.shape).to(dtype)
