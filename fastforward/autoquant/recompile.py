@@ -338,8 +338,8 @@ def _apply_patterns(
     for inner in ast.walk(node):
         if isinstance(inner, ast.Name) and inner.id not in before and resolve(inner) is UNKNOWN:
             msg = (
-                f"{function.__code__.co_filename}:{inner.lineno}: a replacement pattern puts {inner.id!r} here, and that "
-                f"name means nothing in {function.__module__}. Import it there, or use a name that the module has."
+                f"{function.__code__.co_filename}:{inner.lineno}: a replacement pattern puts {inner.id!r} here, and "
+                f"that name means nothing in {function.__module__}. Import it there, or use a name that the module has."
             )
             raise QuantizationError(msg)
 

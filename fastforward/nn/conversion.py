@@ -242,6 +242,10 @@ def _restore(module: torch.nn.Module) -> None:
     state = module.__dict__
     if "_ff_forward" in state and "forward" in state:
         state["forward"] = state["_ff_forward"]
-    for name in [*module.own_quantizers(), *state.get(ADDED, ()), *_OWN_STATE]:
+    attributes, buffers = state.get(ADDED, ((), ()))
+    for name in [*module.own_quantizers(), *attributes, *_OWN_STATE]:
         state.pop(name, None)
+    for name in buffers:
+        module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)
     object.__setattr__(module, "__class__", module.float_class)

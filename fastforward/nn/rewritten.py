@@ -209,7 +209,7 @@ def _rewritten(name: str, raw: Any, engine: Engine, entries: dict[str, MethodEnt
 
 def swap(module: torch.nn.Module, target: type[QuantizedModule]) -> None:
     """Make ``module`` an instance of ``target`` and create its stubs; on an error the module is as before."""
-    before, had = type(module), set(module.__dict__)
+    before, had, buffers = type(module), set(module.__dict__), set(module._buffers)
     object.__setattr__(module, "__class__", target)
     try:
         module.__init_quantization__()  # type: ignore[operator]
@@ -217,8 +217,10 @@ def swap(module: torch.nn.Module, target: type[QuantizedModule]) -> None:
         object.__setattr__(module, "__class__", before)
         for name in set(module.__dict__) - had:
             del module.__dict__[name]
+        for name in set(module._buffers) - buffers:
+            del module._buffers[name]
         raise
-    module.__dict__[ADDED] = frozenset(module.__dict__) - had
+    module.__dict__[ADDED] = frozenset(module.__dict__) - had, frozenset(module._buffers) - buffers
 
 
 def warn_float(module: torch.nn.Module, reason: Sequence[str] | str) -> None:

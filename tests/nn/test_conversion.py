@@ -54,6 +54,7 @@ def test_dequantizing_restores_classes_and_attributes() -> None:
     assert type(model.linear) is torch.nn.Linear
     assert set(model.__dict__) == set(reference.__dict__)
     assert set(model.linear.__dict__) == set(reference.linear.__dict__)
+    assert set(model.linear._buffers) == set(reference.linear._buffers)
 
 
 def test_shared_submodules_are_swapped_once() -> None:
@@ -128,7 +129,10 @@ def test_source_edited_since_import_is_noticed(tmp_path, monkeypatch) -> None:  
 
 def test_the_decorator_keeps_the_source_it_was_imported_with(tmp_path, monkeypatch) -> None:  # noqa: ANN001
     path = tmp_path / "decorated_model.py"
-    text = "import fastforward as ff, torch\n@ff.quantizable\nclass M(torch.nn.Module):\n    def forward(self, x):\n        return x + 1\n"
+    text = (
+        "import fastforward as ff, torch\n@ff.quantizable\nclass M(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return x + 1\n"
+    )
     path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     import decorated_model

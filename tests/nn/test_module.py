@@ -121,8 +121,9 @@ def test_stubs_are_called_only_while_live() -> None:
     calls = []
 
     class Recorder:
-        def record(self, quantizer, tensor_in, tensor_out) -> None:  # noqa: ANN001
+        def record(self, quantizer, tensor_in, tensor_out):  # noqa: ANN001, ANN202
             calls.append(quantizer)
+            return tensor_out
 
     model, x = ff.quantize_model(stack()), torch.randn(2, 3)
     with ff.nn.quantizer.recording(Recorder()):
