@@ -217,7 +217,7 @@ def int8_conv(
         factors = (x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, weight_sums, bias, residual)
         return reference.int8_conv(*factors, *geometry, activation, out_dtype, out_scale, out_zero_point)
     data, zero_point = unsigned(x, x_zero_point)
-    inputs = (data, float(x_scale), zero_point, _conv_pack(weight, weight_scale, geometry), weight_scale)
+    inputs = (data, float(x_scale), zero_point, _conv_pack(weight, weight_scale, geometry, data), weight_scale)
     zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
     if residual is None and activation in ("none", "relu"):
         step, zero = _output_grid(out_scale, out_zero_point)
@@ -236,9 +236,12 @@ def _qconv(*args: Any) -> Tensor:
     return y
 
 
-def _conv_pack(weight: Tensor, weight_scale: Tensor, geometry: tuple[list[int], list[int], list[int], int]) -> Tensor:
+def _conv_pack(
+    weight: Tensor, weight_scale: Tensor, geometry: tuple[list[int], list[int], list[int], int], first: Tensor
+) -> Tensor:
+    """Return oneDNN's copy of a weight, laid out for the first input it met; others work too, perhaps slower."""
     stride, padding, dilation, groups = geometry
     key = ("conv", *stride, *padding, *dilation, groups)
-    grid = (1.0, 0, stride, padding, dilation, groups, None)  # the packed weight depends on no activation grid
+    grid = (1.0, 1, stride, padding, dilation, groups, list(first.shape))  # any scale; any zero point that is not 0
     pack: Tensor = PACKS.get(weight, key, lambda: torch.ops.onednn.qconv_prepack(weight, weight_scale, *grid))
     return pack

@@ -148,4 +148,5 @@ def dequantized(
     groups = q.view(q.shape[0], -1, group_size)
     if zero_point is not None:
         groups.sub_(zero_point.unsqueeze(-1))
-    return groups.mul_(scale.unsqueeze(-1)).view(q.shape).to(dtype)
+    values: Tensor = groups.mul_(scale.unsqueeze(-1)).view(q.shape).to(dtype)
+    return values
