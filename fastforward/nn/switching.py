@@ -111,9 +111,7 @@ class _Except:
 def quantizers_of(target: Any) -> list[Quantizer]:
     """Return the quantizers below ``target``, stubs left out, each once."""
     found: dict[int, Quantizer] = {}
-    if isinstance(target, torch.nn.Module):
-        found = {id(m): m for m in target.modules() if isinstance(m, Quantizer) and not m.is_stub()}
-    elif hasattr(target, "modules"):  # a collection of found quantizers
+    if isinstance(target, torch.nn.Module) or hasattr(target, "modules"):  # the latter: a collection of found ones
         found = {id(m): m for m in target.modules() if isinstance(m, Quantizer) and not m.is_stub()}
     elif isinstance(target, Iterable):
         for item in target:

@@ -211,11 +211,12 @@ def _formula(
 
 def _straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return ``function(x)`` with the gradient of the identity."""
-    return x + (function(x) - x).detach() if x.requires_grad else function(x)
+    # x - x.detach() is exactly zero, where x + (function(x) - x).detach() would round
+    return function(x).detach() + (x - x.detach()) if x.requires_grad else function(x)
 
 
 def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
-    return x * factor + (x - x * factor).detach() if x.requires_grad and factor != 1 else x
+    return x.detach() + (x - x.detach()) * factor if x.requires_grad and factor != 1 else x
 
 
 def _usable(scale: Tensor) -> Tensor:

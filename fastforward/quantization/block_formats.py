@@ -152,7 +152,7 @@ def fake_quantize_blocks(x: Tensor, name: str) -> Tensor:
     data = F.pad(x.detach().to(torch.float32), (0, -length % chosen.block))
     rounded = chosen.round_blocks(data.unflatten(-1, (-1, chosen.block))).flatten(-2)
     result = rounded[..., :length].to(x.dtype)
-    return _StraightThrough.apply(x, result) if x.requires_grad else result  # type: ignore[no-any-return,no-untyped-call]
+    return _StraightThrough.apply(x, result) if x.requires_grad else result
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -73,7 +73,7 @@ def _formula(x: Tensor, scale: Tensor, dtype: torch.dtype, granularity: Granular
     clipped = (view.to(torch.float32) * (1 / scale)).clamp(-largest, largest)
     rounded = clipped.detach().to(dtype).to(torch.float32)
     if x.requires_grad:
-        rounded = clipped + (rounded - clipped).detach()
+        rounded = rounded + (clipped - clipped.detach())
     return (rounded * scale).reshape(x.shape).to(x.dtype)
 
 
