@@ -155,7 +155,7 @@ class Restorer:
             # What rebuilds a layer from data of unknown origin may fail in any way; to the caller it is one error.
             msg = f"the state's {saved.cls} {saved.path!r} cannot be made: {error}"
             raise StateError(msg) from error
-        plan.changes.append(_replacing(self.model, saved.path, new))
+        plan.changes.append(_becoming(current, new))
 
     # ------------------------------------------------------------------ parameters and buffers
     def _plan_parameters(self, plan: Plan) -> None:
@@ -241,18 +241,16 @@ def integer_class(name: str) -> Any:
     return cls
 
 
-def _device_of(module: torch.nn.Module, model: torch.nn.Module) -> torch.device:
-    for source in (module, model):
-        for tensor in (*source.parameters(), *source.buffers()):
-            return tensor.device
-    return torch.device("cpu")
+def _device_of(module: torch.nn.Module) -> torch.device:
+    tensors = (*module.parameters(), *module.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _putting(site: FilterResult, quantizer: Quantizer) -> Change:
     def change() -> None:
         current = getattr(site.parent, site.parent_attribute)
         quantizer.quant_metadata = current.quant_metadata
-        quantizer.to(_device_of(site.parent, site.parent))
+        quantizer.to(_device_of(site.parent))
         setattr(site.parent, site.parent_attribute, quantizer)
 
     return change
@@ -260,20 +258,21 @@ def _putting(site: FilterResult, quantizer: Quantizer) -> Change:
 
 def _postponing(owner: QuantizedModule, attribute: str, quantizer: Quantizer) -> Change:
     def change() -> None:
-        quantizer.to(_device_of(owner, owner))
+        quantizer.to(_device_of(owner))
         owner.__dict__.setdefault(PENDING, {})[attribute] = quantizer
 
     return change
 
 
-def _replacing(model: torch.nn.Module, path: str, new: torch.nn.Module) -> Change:
+def _becoming(current: torch.nn.Module, new: torch.nn.Module) -> Change:
+    """`current` takes over class and contents of `new`, so that every place that holds it sees the change."""
+
     def change() -> None:
-        parent, _, name = path.rpartition(".")
-        owner = model.get_submodule(parent)
-        current = getattr(owner, name)
-        new.to(_device_of(current, model))
+        new.to(_device_of(current))
         new.train(current.training)
-        setattr(owner, name, new)
+        object.__setattr__(current, "__class__", type(new))
+        current.__dict__.clear()
+        current.__dict__.update(new.__dict__)
 
     return change
 
@@ -288,14 +287,14 @@ def _copying(current: torch.Tensor, tensor: torch.Tensor) -> Change:
 
 def _setting_buffer(owner: torch.nn.Module, name: str, tensor: torch.Tensor) -> Change:
     def change() -> None:
-        setattr(owner, name, tensor.clone().to(_device_of(owner, owner)))
+        setattr(owner, name, tensor.clone().to(_device_of(owner)))
 
     return change
 
 
 def _setting_quantized(owner: torch.nn.Module, name: str, value: QuantizedTensor) -> Change:
     def change() -> None:
-        moved = value.to(_device_of(owner, owner))
+        moved = value.to(_device_of(owner))
         setattr(owner, name, torch.nn.Parameter(moved, requires_grad=False) if name in owner._parameters else moved)
 
     return change

@@ -86,6 +86,49 @@ def test_a_loaded_model_computes_the_same_bits(tmp_path, scheme, prepared):
     ]
 
 
+class Pictures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 5, bias=False)
+
+    def forward(self, x):
+        return self.linear(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(("make", "data"), [(Net, TOKENS), (Pictures, torch.randn(2, 3, 8, 8))])
+def test_an_integer_model_computes_the_same_bits(tmp_path, make, data):
+    torch.manual_seed(0)
+    net = ff.quantize_model(make().eval())
+    ff.schemes.get("w8a8").apply(net)
+    with ff.estimate_ranges(net, ff.observers.MinMax):
+        net(data)
+    ff.convert(net)
+    path = ff.save_quantization(net, tmp_path)
+    plain = make().eval()
+    places = [plain.linear if make is Pictures else plain.head]
+    loaded = ff.load_quantization(plain, path)
+    integers = [name for name, module in net.named_modules() if hasattr(module, "quantization_state")]
+    assert len(integers) > 1
+    assert [name for name, module in loaded.named_modules() if hasattr(module, "quantization_state")] == integers
+    assert places == [loaded.linear if make is Pictures else loaded.head]
+    for _ in range(3):
+        assert torch.equal(loaded(data), net(data))
+
+
+def test_an_integer_layer_alone_can_be_loaded(tmp_path):
+    net = ff.quantize_model(nn.Linear(4, 4))
+    ff.schemes.get("w8a8").apply(net)
+    x = torch.randn(3, 4)
+    with ff.estimate_ranges(net, ff.observers.MinMax):
+        net(x)
+    ff.convert(net)
+    plain = nn.Linear(4, 4)
+    assert torch.equal(ff.load_quantization(plain, ff.save_quantization(net, tmp_path))(x), net(x))
+    assert type(plain) is type(net)
+
+
 def test_a_fresh_process_computes_the_same_bits(saved, tmp_path):
     net, path = saved
     code = (
@@ -342,6 +385,7 @@ def test_a_changed_class_says_which_sites_moved(tmp_path, monkeypatch, edit, loa
     models = []
     for name, body in (("changing_before", "return torch.matmul(x, self.weight)"), ("changing_after", edit)):
         write_module(tmp_path / f"{name}.py", body)
+        monkeypatch.delitem(sys.modules, name, raising=False)
         models.append(importlib.import_module(name).Changing())
     net = ff.quantize_model(models[0])
     ff.find_quantizers(net, "**/[qtag:parameter]").initialize(LinearQuantizer, num_bits=8)
