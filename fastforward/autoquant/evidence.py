@@ -1,0 +1,86 @@
+"""What one run shows: a model, its generated code and example inputs in, the sites that saw no floating tensor out."""
+
+import ast
+import copy
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import fastforward
+from fastforward.autoquant.classtext import ModuleText
+from fastforward.autoquant.helpers import SiteKey
+from fastforward.autoquant.render import render
+
+
+def sites_without_tensors(
+    module: torch.nn.Module, text: ModuleText, tree: ast.Module, example_inputs: Any
+) -> frozenset[SiteKey]:
+    """Run a copy of the model, quantized with the generated classes, and see which sites a floating tensor reached.
+
+    Args:
+        module: The float model; it is not changed.
+        text: The text of its classes.
+        tree: The generated module.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+    Returns:
+        The sites that none did, on no call path.
+    """
+    classes = _generated_classes(text, tree)
+    model = fastforward.nn.quantize_model(copy.deepcopy(module), extra_conversion=classes)
+    recorder = _Recorder()
+    args, kwargs = call_arguments(example_inputs)
+    quantizers = fastforward.nn.quantizer
+    with (
+        fastforward.nn.module.stubs_live(model),
+        quantizers.recording(recorder),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+    ):
+        model(*args, **kwargs)
+    every = {key for stubs in text.stubs.values() for key in stubs.values()}
+    return frozenset(every - _reached(model, text, recorder.seen))
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def record(self, quantizer: Any, tensor_in: torch.Tensor, tensor_out: torch.Tensor) -> torch.Tensor:
+        self.seen.add(id(quantizer))
+        return tensor_out
+
+
+def _reached(model: torch.nn.Module, text: ModuleText, seen: set[int]) -> set[SiteKey]:
+    reached = set()
+    for part in model.modules():
+        stubs = text.stubs.get(getattr(part, "float_class", None) or type(part), {})
+        reached |= {key for name, key in stubs.items() if id(part.__dict__.get(name)) in seen}
+    return reached
+
+
+def _generated_classes(text: ModuleText, tree: ast.Module) -> dict[type, type]:
+    """The generated classes by float class; they leave no trace in the global map."""
+    registered = fastforward.nn.module._module_map
+    before = dict(registered)
+    module = types.ModuleType("_ff_evidence")
+    try:
+        exec(compile(render(tree), "<autoquantize evidence>", "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+    finally:
+        registered.clear()
+        registered.update(before)
+    generated = [
+        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == "_ff_evidence"
+    ]
+    return {cls.float_class: cls for cls in generated}  # type: ignore[attr-defined]
+
+
+def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a batch."""
+    if hasattr(example_inputs, "args") and hasattr(example_inputs, "kwargs"):
+        return tuple(example_inputs.args), dict(example_inputs.kwargs)
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
