@@ -6,7 +6,7 @@ in float32 whatever the data type of ``x``: bit-equal to ``torch.fake_quantize_p
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import fastforward_kernels
@@ -203,16 +203,16 @@ def _formula(
     if not isinstance(granularity, PerTensor):
         view = blocked(x, granularity.block_size(x.shape))
         scale, zero_point = granularity.spread(scale, x.shape), granularity.spread(zero_point, x.shape)
-    zero_point = _straight_through(torch.round, zero_point)
-    q = _straight_through(torch.round, view.to(torch.float32) * (1 / scale))
-    q = torch.clamp(q + zero_point, quant_min, quant_max)
-    return ((q - zero_point) * scale).reshape(x.shape).to(x.dtype)
-
-
-def _straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return ``function(x)`` with the gradient of the identity."""
-    # x - x.detach() is exactly zero, where x + (function(x) - x).detach() would round
-    return function(x).detach() + (x - x.detach()) if x.requires_grad else function(x)
+    v = view.to(torch.float32) * (1 / scale)
+    shift = torch.round(zero_point.detach())
+    q = torch.round(v.detach()) + shift
+    on_grid = torch.clamp(q, quant_min, quant_max)
+    offset = on_grid - shift
+    if v.requires_grad or zero_point.requires_grad:
+        # t - t.detach() is exactly zero and carries the gradient: to v inside the grid, to the zero point outside
+        inside = q == on_grid
+        offset = offset + torch.where(inside, v - v.detach(), zero_point.detach() - zero_point)
+    return (offset * scale).reshape(x.shape).to(x.dtype)
 
 
 def _scaled_gradient(x: Tensor, factor: float) -> Tensor:

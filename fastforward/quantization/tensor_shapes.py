@@ -228,3 +228,9 @@ def _same_parameters(x: QuantizedTensor, y: QuantizedTensor) -> bool:
     if x.zero_point is None or y.zero_point is None:
         return same_scale
     return same_scale and (x.zero_point is y.zero_point or torch.equal(x.zero_point, y.zero_point))
+
+
+@implements_operator(aten.unbind.int)
+def _unbind(func: Any, x: QuantizedTensor, dim: int = 0) -> list[QuantizedTensor]:
+    del func
+    return [_select(aten.select.int, x, dim, index) for index in range(x.shape[dim])]
