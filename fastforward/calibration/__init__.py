@@ -1,5 +1,32 @@
-"""Calibration: observers, ranges, dataflow."""
+"""Calibration: observers and ranges, the recorded dataflow, and the steps that make rounding cost less.
 
-from fastforward.calibration.estimate import RangeEstimation, estimate_ranges, track_ranges
+Names are loaded on first use.
+"""
 
-__all__ = ["RangeEstimation", "estimate_ranges", "track_ranges"]
+import importlib
+from typing import Any
+
+_NAMES = {
+    "estimate_ranges": "estimate",
+    "track_ranges": "estimate",
+    "Flow": "flow",
+    "record_flow": "flow",
+}
+_SUBMODULES = ("observers", "flow")
+
+__all__ = sorted({*_NAMES, *_SUBMODULES})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
