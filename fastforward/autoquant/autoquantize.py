@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import fastforward
 from fastforward.autoquant.bind import engine_for
 from fastforward.autoquant.classtext import ModuleText
 from fastforward.autoquant.evidence import sites_without_tensors
@@ -132,17 +133,15 @@ def _module_text(
 
 def classes_to_render(module: torch.nn.Module) -> list[type[torch.nn.Module]]:
     """The classes in a model that run code of their own and have no hand-written quantized form, outermost first."""
-    import fastforward
-
-    written = fastforward.nn.quantized_module_map()
-    quantized = fastforward.nn.QuantizedModule
+    nn = fastforward.nn.conversion  # importing it registers the hand-written classes
+    written, quantized = nn.quantized_module_map(), nn.QuantizedModule
     classes = dict.fromkeys(type(part) for part in module.modules())
     return [
         cls
         for cls in classes
         if not issubclass(cls, quantized)
         and getattr(cls.forward, "__name__", "") != "_forward_unimplemented"
-        and (cls not in written or written[cls].__module__ not in sys.modules or not _is_hand_written(written[cls]))
+        and not (cls in written and _is_hand_written(written[cls]))
     ]
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from fastforward.autoquant.marks import UNKNOWN, Marks, Resolver, mark
 from fastforward.autoquant.optable import OperatorTable
 from fastforward.autoquant.patterns import apply_rules
@@ -224,6 +226,8 @@ class Graph:
         function, how = self._target(unit, call.func)
         if not isinstance(function, types.FunctionType) or self.engine.kind(function) != "helper":
             return None
+        if vars(torch.nn.Module).get(function.__name__) is function:
+            return None  # the machinery of modules computes nothing
         owner = unit.owner if how != "function" else None
         if function.__code__ is unit.function.__code__:
             return Callee(unit, how, recursive=True) if how != "super" else None

@@ -58,7 +58,8 @@ def _wrap(line: str, indent: int, limit: int) -> list[str]:
 def _widest_brackets(line: str) -> tuple[int, int, list[int]] | None:
     """The widest outermost bracket pair of a line (opening and closing column) and the commas directly inside it."""
     best: tuple[int, int, list[int]] | None = None
-    depth, start, commas = 0, 0, []
+    depth, start = 0, 0
+    commas: list[int] = []
     for token in _tokens(line):
         column = token.start[1]
         if token.string in _OPEN and token.type == tokenize.OP:
@@ -75,7 +76,7 @@ def _widest_brackets(line: str) -> tuple[int, int, list[int]] | None:
 
 
 def _tokens(line: str) -> list[tokenize.TokenInfo]:
-    tokens = []
+    tokens: list[tokenize.TokenInfo] = []
     try:
         tokens.extend(tokenize.generate_tokens(io.StringIO(line + "\n").readline))
     except (tokenize.TokenError, SyntaxError, IndentationError):

@@ -39,7 +39,7 @@ class Renderer(SourceGenerator):  # type: ignore[misc]
             super().visit_ClassDef(node)
 
     def conditional_write(self, *stuff: Any) -> None:
-        """astor writes no space after ``->``."""
+        """Astor writes no space after ``->``."""
         super().conditional_write(*(" -> " if part == " ->" else part for part in stuff))
 
     def visit_JoinedStr(self, node: Any) -> None:
@@ -70,7 +70,7 @@ def _render_statement(statement: ast.stmt) -> str:
 
 
 def _with_astor(module: ast.Module) -> str:
-    """astor's text, one statement per line; empty where astor fails."""
+    """Astor's text, one statement per line; empty where astor fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """Makes a function independent of the module and class it was written in: AST in, the same AST changed out.
 
-Globals are spelled so that the generated module finds the same objects; ``super()``, ``__class__`` and private names, which
-mean the class they were written in, are spelled out.
+Globals are spelled so that the generated module finds the same objects; ``super()``, ``__class__`` and private names,
+which mean the class they were written in, are spelled out.
 """
 
 import ast
@@ -155,9 +155,10 @@ def _origin(wrapper: Any) -> str:
 
 def _decorator_name(decorator: ast.expr) -> str:
     called = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return getattr(called, "attr", None) or getattr(called, "id", "")
+    return str(getattr(called, "attr", None) or getattr(called, "id", ""))
 
 
 def innermost(raw: Any) -> Any:
     """The function that was written in the class body, without wrappers."""
-    return inspect.unwrap(raw.fget if isinstance(raw, property) else raw)
+    function: Any = raw.fget if isinstance(raw, property) else raw
+    return inspect.unwrap(function)

@@ -54,7 +54,8 @@ class TextRewriter(ast.NodeTransformer):
 
     def run(self) -> FunctionNode:
         """Rewrite the unit's node and return it."""
-        return self.function(self.unit.node)
+        node: FunctionNode = self.function(self.unit.node)
+        return node
 
     # ---------------------------------------------------------------- statements
     def function(self, node: Any) -> Any:
