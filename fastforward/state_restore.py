@@ -179,10 +179,9 @@ class Restorer:
     def _plan_tensor(self, name: str, current: Any, key: str, plan: Plan) -> None:
         tensor = self.tensors[key]
         if current is None:
-            owner = self._modules.get(name.rpartition(".")[0])
-            attribute = name.rpartition(".")[2]
-            if owner is not None and attribute in owner._buffers and owner._buffers[attribute] is None:
-                plan.changes.append(_setting_buffer(owner, attribute, tensor))
+            owner, attribute = self._modules.get(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if owner is not None and _is_empty_slot(owner, attribute):
+                plan.changes.append(_filling(owner, attribute, tensor))
             else:
                 plan.problems.append(f"the model has no {name}")
         elif not isinstance(current, torch.Tensor) or current.shape != tensor.shape or current.dtype != tensor.dtype:
@@ -285,9 +284,16 @@ def _copying(current: torch.Tensor, tensor: torch.Tensor) -> Change:
     return change
 
 
-def _setting_buffer(owner: torch.nn.Module, name: str, tensor: torch.Tensor) -> Change:
+def _is_empty_slot(owner: torch.nn.Module, name: str) -> bool:
+    """Whether a parameter or buffer of that name may stand there and does not: a smoothing, or a folded norm's bias."""
+    return any(name in slots and slots[name] is None for slots in (owner._parameters, owner._buffers))
+
+
+def _filling(owner: torch.nn.Module, name: str, tensor: torch.Tensor) -> Change:
     def change() -> None:
-        setattr(owner, name, tensor.clone().to(_device_of(owner)))
+        value = tensor.clone().to(_device_of(owner))
+        is_parameter = name in owner._parameters
+        setattr(owner, name, torch.nn.Parameter(value, value.is_floating_point()) if is_parameter else value)
 
     return change
 

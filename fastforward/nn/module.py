@@ -42,7 +42,8 @@ class QuantizedModule(torch.nn.Module):
         # The user's own `__init_subclass__` is not called: a companion is no new kind of the user's class.
         if "float_class" not in cls.__dict__:
             cls.float_class = _float_base(cls)
-        if include_in_module_map and cls.float_class is not None:
+        # FSDP2 makes subclasses of its own of whatever it shards; those are no new way to quantize the float class.
+        if include_in_module_map and cls.float_class is not None and not cls.__module__.startswith("torch."):
             _module_map[cls.float_class] = cls
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -117,6 +117,17 @@ def test_an_integer_model_computes_the_same_bits(tmp_path, make, data):
         assert torch.equal(loaded(data), net(data))
 
 
+def test_a_bias_that_folding_added_is_loaded(tmp_path):
+    net = ff.quantize_model(nn.Linear(4, 4, bias=False))
+    ff.schemes.get("w8").apply(net)
+    net.bias = nn.Parameter(torch.randn(4))
+    x = torch.randn(3, 4)
+    with ff.estimate_ranges(net, ff.observers.MinMax):
+        net(x)
+    loaded = ff.load_quantization(nn.Linear(4, 4, bias=False), ff.save_quantization(net, tmp_path))
+    assert torch.equal(loaded(x), net(x))
+
+
 def test_an_integer_layer_alone_can_be_loaded(tmp_path):
     net = ff.quantize_model(nn.Linear(4, 4))
     ff.schemes.get("w8a8").apply(net)

@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from state_mutations import damaged, forged, join, split
 from torch import nn
 
 import fastforward as ff
 from fastforward.exceptions import StateError
+from tests.state.state_mutations import damaged, forged, join, split
 
 EXAMPLES = int(os.environ.get("FASTFORWARD_FUZZ_EXAMPLES", "150"))
 FUZZ = settings(
