@@ -4,6 +4,7 @@ Every operator lives in the ``torch.ops.fastforward`` library with a plain-torch
 CPUs and a Triton form for GPUs. Triton is imported when the first GPU tensor arrives.
 """
 
+from fastforward_kernels.clip_search import clip_search
 from fastforward_kernels.ops import (
     dequantize,
     fake_quantize,
@@ -16,6 +17,20 @@ from fastforward_kernels.ops import (
     quantize_float8,
 )
 from fastforward_kernels.ops_matmul import float8_linear, int8_conv, int8_linear, int8_matmul, weight_only_linear
+from fastforward_kernels.ops_neighbours import (
+    int8_add,
+    int8_avg_pool2d,
+    int8_concat,
+    int8_embedding,
+    int8_layer_norm,
+    int8_lookup,
+    int8_max_pool2d,
+    int8_mul,
+    int8_relu,
+    int8_rms_norm,
+    int8_softmax,
+    lookup_table,
+)
 from fastforward_kernels.packing import (
     PackedWeight,
     PackedWeightOnly,
@@ -27,6 +42,7 @@ from fastforward_kernels.packing import (
 __all__ = [
     "PackedWeight",
     "PackedWeightOnly",
+    "clip_search",
     "dequantize",
     "fake_quantize",
     "fake_quantize_float8",
@@ -34,9 +50,21 @@ __all__ = [
     "fake_quantize_tiles",
     "float8_linear",
     "histogram",
+    "int8_add",
+    "int8_avg_pool2d",
+    "int8_concat",
     "int8_conv",
+    "int8_embedding",
+    "int8_layer_norm",
     "int8_linear",
+    "int8_lookup",
     "int8_matmul",
+    "int8_max_pool2d",
+    "int8_mul",
+    "int8_relu",
+    "int8_rms_norm",
+    "int8_softmax",
+    "lookup_table",
     "min_max",
     "pack_conv_weight",
     "pack_linear_weight",

@@ -127,7 +127,7 @@ def float8_linear(
 ) -> Tensor:
     """``x [..., k]`` by ``weight [n, k]``, both float8; one scale each, or one per row."""
     rows = x.reshape(-1, x.shape[-1]).float() @ weight.float().t()
-    y = rows * column(x_scale) * weight_scale.reshape(-1)
+    y: Tensor = rows * column(x_scale) * weight_scale.reshape(-1)
     y = y if bias is None else y + bias
     return y.to(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
 
