@@ -9,9 +9,10 @@ _NAMES = {
     "supported": "explain",
     "export": "export",
     "IntegerLinear": "linear",
-    "IntegerConv": "conv",
+    "IntegerConv1d": "conv",
+    "IntegerConv2d": "conv",
+    "IntegerConv3d": "conv",
     "IntegerEmbedding": "embedding",
-    "IntegerLayer": "layer",
 }
 
 __all__ = sorted(_NAMES)

@@ -6,10 +6,9 @@ import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import onednn
-from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, epilogue
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, make_epilogue
 from fastforward.integer.grid import Grid, grid_of
-from fastforward.integer.layer import IntegerLayer
-from fastforward.integer.linear import become
+from fastforward.integer.layer import IntegerLayer, become
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
 from fastforward.nn.operands import quantize_parameter
@@ -20,12 +19,18 @@ _MEMORY = {4: torch.channels_last, 5: torch.channels_last_3d}
 class IntegerConv(IntegerLayer):
     """A convolution with integer operands; subclasses add the float class.
 
-    Buffers ``weight_int8`` (shape of the float weight) and ``weight_scale`` (``[out_channels]``) replace the float weight.
+    Buffers ``weight_int8`` (shape of the float weight) and ``weight_scale`` (``[out_channels]``) replace the float
+    weight.
     """
 
-    weight_int8: torch.Tensor
-    weight_scale: torch.Tensor
     channels_first = True
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
     _packed: torch.Tensor | None
     _folds: dict[tuple[int, ...], tuple[Any, Epilogue]]
 
@@ -37,15 +42,16 @@ class IntegerConv(IntegerLayer):
         bias = quantize_parameter(layer.bias_quantizer, layer.bias)
         output_quantizer = layer.output_quantizer
         become(layer, _CLASSES[type(layer)], keep_float)
-        layer.register_buffer("weight_int8", integers)
-        layer.register_buffer("weight_scale", scale)
-        layer.output_quantizer = None if output_quantizer.is_stub() else output_quantizer
-        layer.epilogue = epilogue(integers, scale, bias, grid.scale, grid.zero_point)
-        layer._packed, layer._folds = None, {}
-        layer._start(grid)
-        layer.record.kernel = "onednn"
-        layer.defers = layer.output_quantizer is None
+        layer.install(integers, scale, bias, grid, None if output_quantizer.is_stub() else output_quantizer)
         return layer  # type: ignore[no-any-return]
+
+    def prepare(self, bias: torch.Tensor | None) -> None:
+        super().prepare(bias)
+        self._packed, self._folds = None, {}
+        self.record.kernel = "onednn"
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve ``[batch, in_channels, *size]``, in the dtype of ``input``."""
@@ -110,7 +116,7 @@ class IntegerConv(IntegerLayer):
         shift = shift * gain
         shift = shift if bias is None else shift + bias.detach().double()
         scale = (base.scale.double() * gain).float()
-        return epilogue(self.weight_int8, scale, shift, self.grid.scale, self.grid.zero_point)
+        return make_epilogue(self.weight_int8, scale, shift, self.grid.scale, self.grid.zero_point)
 
     def output_shape(self, codes: torch.Tensor) -> tuple[int, ...]:
         stride, padding, dilation = self._geometry()
@@ -119,13 +125,6 @@ class IntegerConv(IntegerLayer):
             for size, k, s, p, d in zip(codes.shape[2:], self.kernel_size, stride, padding, dilation, strict=True)
         )
         return (codes.shape[0], self.out_channels, *sizes)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float weight that the integers stand for, computed now; the original one if it was kept."""
-        if "weight" in self._parameters:
-            return self._parameters["weight"]  # type: ignore[return-value]
-        return self.weight_int8.float() * self.weight_scale.view(-1, *[1] * (self.weight_int8.dim() - 1))
 
     def _geometry(self) -> tuple[list[int], list[int], list[int]]:
         return list(self.stride), self._symmetric_padding(), list(self.dilation)
@@ -160,24 +159,20 @@ class IntegerConv(IntegerLayer):
         y = self.compute(codes, self.epilogue).to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
-    @staticmethod
-    def _derived() -> tuple[str, ...]:
-        return ("_packed", "_folds")
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
-        self._packed, self._folds = None, {}
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
+        return {**self.__dict__, "_packed": None, "_folds": {}}
 
 
-class IntegerConv1d(IntegerConv, torch.nn.Conv1d):
+class IntegerConv1d(IntegerConv, torch.nn.Conv1d):  # type: ignore[override]
     """``torch.nn.Conv1d`` with integer operands."""
 
 
-class IntegerConv2d(IntegerConv, torch.nn.Conv2d):
+class IntegerConv2d(IntegerConv, torch.nn.Conv2d):  # type: ignore[override]
     """``torch.nn.Conv2d`` with integer operands."""
 
 
-class IntegerConv3d(IntegerConv, torch.nn.Conv3d):
+class IntegerConv3d(IntegerConv, torch.nn.Conv3d):  # type: ignore[override]
     """``torch.nn.Conv3d`` with integer operands."""
 
 

@@ -1,10 +1,10 @@
 """Deferred: the result of an integer layer before it is computed.
 
-A layer cannot know whether its result will be activated, added to something, normalized, or handed to another integer
-layer. So it returns a tensor that remembers the operands. Operators that the kernel can do on the way (see ``fusion``)
-only change what is remembered; an integer layer asks for codes on its own grid; anything else asks for floats. Each of these
-then runs the kernel once, with everything fused. To user code the result is an ordinary float tensor: every operator
-without a rule here works on its computed value, and so does code below Python's dispatch.
+A layer cannot know whether its result will be activated, added to something, normalized, or handed to another
+integer layer. So it returns a tensor that remembers the operands. Operators that the kernel can do on the way (see
+``fusion``) only change what is remembered; an integer layer asks for codes on its own grid; anything else asks for
+floats. Each of these then runs the kernel once, with everything fused. To user code the result is an ordinary float
+tensor: every operator without a rule works on its computed value, and so does code below Python's dispatch.
 """
 
 import weakref
@@ -77,7 +77,7 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls,
+        cls: type["Deferred"],
         product: Product | None,
         shape: tuple[int, ...],
         *,
@@ -87,10 +87,10 @@ class Deferred(torch.Tensor):
         dtype: torch.dtype | None = None,
     ) -> "Deferred":
         dtype = product.dtype if product is not None else dtype
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         self._product, self._value, self._parent, self._move = product, value, parent, move
         self._codes = self._children = None
-        return self  # type: ignore[no-any-return]
+        return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -122,15 +122,23 @@ class Deferred(torch.Tensor):
 
     def codes(self, grid: Grid) -> torch.Tensor:
         """The values as codes on ``grid``, without a detour over floats where the kernel can store codes itself."""
-        if self._value is None and self._parent is not None and self._move is not None:
-            return self._move(self._parent.codes(grid))
-        if self._value is not None or self._product is None or self._product.layer.float_first:
+        if self._value is not None or self.floats_wanted():
             return grid.codes(self.computed())
+        if self._parent is not None and self._move is not None:
+            return self._move(self._parent.codes(grid))
+        assert self._product is not None
         known = self._codes or {}
         if id(grid) not in known:
             known[id(grid)] = (grid, self._product.on_grid(grid))
             self._codes = known
         return known[id(grid)][1]
+
+    def floats_wanted(self) -> bool:
+        """Whether floats exist, or were wanted by earlier calls, so that rounding them saves a second product."""
+        source = self
+        while source._parent is not None:
+            source = source._parent
+        return source._value is not None or (source._product is not None and source._product.layer.float_first)
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> "Deferred":
         """The result of a data-movement operator on this tensor, floats or codes alike."""
@@ -139,11 +147,20 @@ class Deferred(torch.Tensor):
         return child
 
     def settle(self) -> None:
-        """Compute whatever depends on this tensor's present values, because they are about to change in place."""
+        """Compute what depends on this tensor's present values, because they are about to change in place.
+
+        Views then share memory with this tensor, as in torch; results of pooling keep the old values.
+        """
+        self.materialize()
         for reference in self._children or ():
             if (child := reference()) is not None:
-                child.materialize()
+                child.computed()
         self._children = None
+
+    @property
+    def watched(self) -> bool:
+        """Whether results of data movement depend on this tensor's values and have not been computed."""
+        return any(reference() is not None for reference in self._children or ())
 
     def become(self, product: Product | None = None, value: torch.Tensor | None = None) -> "Deferred":
         """Take the result of an in-place operator."""
@@ -162,7 +179,7 @@ class Deferred(torch.Tensor):
         return call_with_values(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return call_with_values(func, args, kwargs or {})

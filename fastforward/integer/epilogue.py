@@ -62,7 +62,7 @@ class Epilogue:
     factor: torch.Tensor
 
 
-def epilogue(
+def make_epilogue(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, input_scale: float, zero_point: int
 ) -> Epilogue:
     """Prepare the epilogue of ``weight`` int8 ``[channels, ...]``; sums and products are taken in float64."""

@@ -1,8 +1,8 @@
 """Rules by which a deferred result takes over the operators that follow it.
 
-Each rule gets a torch function with its arguments and returns the result, or NotImplemented where the general path (compute,
-then call the function) is right. Rules only ever change when something is computed, not what: a fused activation, a batch
-normalization in scale and bias, an addition into the fresh result, a maximum taken over codes instead of values.
+Each rule gets a torch function with its arguments and returns the result, or NotImplemented where the general path
+(compute, then call the function) is right. Rules only ever change when something is computed, not what: a fused
+activation, a batch normalization in scale and bias, an addition into the fresh result, a maximum over codes.
 """
 
 import math
@@ -38,17 +38,15 @@ def activate(x: Any, activation: Activation, inplace: bool = False) -> Any:
         return _on_value(x, activation, inplace)
     if not inplace:
         return Deferred(product.activated(activation), x.shape)
-    x.settle()
-    return x.become(product.activated(activation))
+    return NotImplemented if x.watched else x.become(product.activated(activation))
 
 
 def _on_value(x: Deferred, activation: Activation, inplace: bool) -> Any:
     """Activate a computed value in the memory layout that it has."""
     value = x._value
-    if value is None or value.is_contiguous():
+    if value is None or value.is_contiguous() or (inplace and x.watched):
         return NotImplemented
     if inplace:
-        x.settle()
         return x.become(value=activation.apply(value))
     return Deferred(None, x.shape, value=activation.apply(value.clone()), dtype=x.dtype)
 
@@ -135,18 +133,17 @@ def _add(func: Any, input: Any, other: Any, *, alpha: float = 1, out: Any = None
 
 @rule(Tensor.add_, Tensor.__iadd__)
 def _add_(func: Any, input: Any, other: Any, *, alpha: float = 1) -> Any:
-    if alpha != 1 or type(input) is not Deferred:
+    if alpha != 1 or type(input) is not Deferred or input.watched:
         return NotImplemented
     total = _sum(input, other)
     if total is NotImplemented:
         return NotImplemented
-    input.settle()
     return input.become(value=total._value)
 
 
 def _sum(owner: Any, addend: Any) -> Any:
     """Add into the fresh result of ``owner``; nobody else has seen that memory."""
-    if type(owner) is not Deferred or owner.pending is None or owner._children:
+    if type(owner) is not Deferred or owner.pending is None or owner.watched:
         return NotImplemented
     if not isinstance(addend, Tensor) or addend.shape != owner.shape or addend.dtype != owner.dtype:
         return NotImplemented
@@ -184,7 +181,7 @@ def _reshape(func: Any, input: Any, *shape: Any) -> Any:
     return _move(input, lambda x: _contiguous(x).reshape(full), full)
 
 
-@rule(torch.max_pool2d)
+@rule(F.max_pool2d, torch.max_pool2d)
 def _max_pool2d(
     func: Any,
     input: Any,
@@ -247,20 +244,17 @@ def _any_layout(func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(type(value) is Deferred for value in kwargs.values()):
         return NotImplemented
     result = func(*values, **kwargs)
-    if result.dim() != 4 or result.is_contiguous():
+    if result.is_contiguous():
         return result
     return Deferred(None, tuple(result.shape), value=result, dtype=result.dtype)
 
 
 # ---------------------------------------------------------------- questions that need no values
+_GETTERS = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
+
+
 @rule(
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,
-    Tensor.layout.__get__,
-    Tensor.is_cuda.__get__,
-    Tensor.requires_grad.__get__,
+    *(getattr(Tensor, name).__get__ for name in _GETTERS),
     Tensor.size,
     Tensor.dim,
     Tensor.numel,

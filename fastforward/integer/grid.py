@@ -77,6 +77,15 @@ class Grid:
             None if smoothing is None else tuple(smoothing.flatten().tolist()),
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """The numbers of the grid; a float32 scale survives JSON exactly."""
+        return {"scale": self.scale, "zero_point": self.zero_point, "highest": self.highest}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], inverse_smoothing: torch.Tensor | None) -> "Grid":
+        """The inverse of :meth:`to_json`."""
+        return cls(float(data["scale"]), int(data["zero_point"]), int(data["highest"]), inverse_smoothing)
+
     def _kept(self, x: torch.Tensor) -> torch.Tensor | None:
         if self._last is None:
             return None
@@ -124,12 +133,18 @@ def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tens
     """
     quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     codes = torch.empty(0, dtype=torch.uint8)
-    return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())  # type: ignore[call-overload, no-any-return]
+    return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
 
 
 def _version(x: torch.Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-# torch announces the removal of its quantized dtypes; where they are gone, `quantize_uint8` is replaced.
-warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*", category=UserWarning)
+def _announce_quietly() -> None:
+    """Let torch say once, unheard, that its quantized dtypes will go: users cannot change it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+
+
+_announce_quietly()

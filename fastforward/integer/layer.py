@@ -1,13 +1,18 @@
 """IntegerLayer: what integer linear layers and convolutions share."""
 
+import copy
 import dataclasses
 from typing import Any
 
 import torch
 
+from fastforward.exceptions import StateError
 from fastforward.integer.deferred import Deferred, Product
-from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, make_epilogue
 from fastforward.integer.grid import Grid
+from fastforward.nn.linear_quantizer import LinearQuantizer
+from fastforward.nn.module import QuantizedModule
+from fastforward.nn.quantizer import Quantizer
 
 _LEARNING_CALLS = 2
 
@@ -18,8 +23,8 @@ class Record:
 
     Attributes:
         calls: Calls so far.
-        source: How the input arrived: ``"float32"``, ``"uint8 codes"`` or ``"shared uint8 codes"``.
-        result: What was asked of the output.
+        source: How the input arrived: ``"float32"`` or ``"uint8"``.
+        result: What was asked of the output, likewise.
         fused: Operators that the layer took over.
         kernel: The kernel that ran last.
     """
@@ -39,24 +44,97 @@ class IntegerLayer(torch.nn.Module):
     pays is learned from the first calls: a layer whose result is always used as plain floats stops deferring.
     """
 
+    weight_int8: torch.Tensor
+    weight_scale: torch.Tensor
+    output_quantizer: Quantizer | None
+    channels_first: bool
     grid: Grid
     epilogue: Epilogue
     record: Record
     defers: bool
     float_first: bool
 
-    def _start(self, grid: Grid) -> None:
+    def install(
+        self,
+        integers: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        grid: Grid,
+        output_quantizer: Quantizer | None,
+    ) -> None:
+        """Take the integer form of a layer whose float weight has been removed.
+
+        Args:
+            integers: int8, the shape of the float weight.
+            scale: float32 ``[channels]``.
+            bias: Float ``[channels]`` or ``None``.
+            grid: The grid of the input.
+            output_quantizer: What simulates the quantization of the result, if anything does.
+        """
+        self.register_buffer("weight_int8", integers)
+        self.register_buffer("weight_scale", scale)
+        self.output_quantizer = output_quantizer
         self.grid = grid
         self.record = Record()
-        self.defers = True
+        self.defers = output_quantizer is None
         self.float_first = False
+        self.prepare(bias)
+
+    def prepare(self, bias: torch.Tensor | None) -> None:
+        """Compute what is derived from weight, bias and grid."""
+        self.epilogue = make_epilogue(self.weight_int8, self.weight_scale, bias, self.grid.scale, self.grid.zero_point)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight that the integers stand for, computed now; the original one if it was kept."""
+        kept = self._parameters.get("weight")
+        if kept is not None:
+            return kept
+        return self.weight_int8 * self.weight_scale.view(-1, *[1] * (self.weight_int8.dim() - 1))
+
+    def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and JSON data: all that it takes to build the layer again."""
+        tensors = {"weight_int8": self.weight_int8, "weight_scale": self.weight_scale}
+        if self.epilogue.bias is not None:
+            tensors["bias"] = self.epilogue.bias
+        if self.grid.inverse_smoothing is not None:
+            tensors["inverse_smoothing"] = self.grid.inverse_smoothing
+        return tensors, {"grid": self.grid.to_json(), "output": output_to_json(self.output_quantizer)}
+
+    @classmethod
+    def from_quantization_state(
+        cls, module: torch.nn.Module, tensors: dict[str, torch.Tensor], data: dict[str, Any]
+    ) -> torch.nn.Module:
+        """The integer layer for the place of ``module``, a float, simulated or integer layer that stays as it is.
+
+        Raises:
+            StateError: The state belongs to a layer of another kind or shape.
+        """
+        new = successor(module, cls)
+        expected = new.weight_shape()
+        if tuple(tensors["weight_int8"].shape) != expected or tensors["weight_int8"].dtype != torch.int8:
+            msg = f"it has a weight of shape {tuple(tensors['weight_int8'].shape)}, the model one of shape {expected}"
+            raise StateError(msg)
+        grid = Grid.from_json(data["grid"], tensors.get("inverse_smoothing"))
+        bias = tensors.get("bias")
+        new._parameters["bias"] = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        new.install(tensors["weight_int8"], tensors["weight_scale"], bias, grid, output_from_json(data["output"]))
+        layer: torch.nn.Module = new
+        return layer
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape that the weight must have."""
+        raise NotImplementedError
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The input as uint8 codes on this layer's grid."""
         if type(x) is Deferred:
+            self.record.source = "float32" if x.floats_wanted() else "uint8"
             if self.grid.inverse_smoothing is None:
                 return x.codes(self.grid)
             x = x.materialize()
+        else:
+            self.record.source = "float32"
         return self.grid.codes(x)
 
     def compute(
@@ -85,13 +163,65 @@ class IntegerLayer(torch.nn.Module):
         """Learn from a result that became codes."""
         record = self.record
         record.calls += 1
-        record.result, record.fused = "uint8 codes", fused
+        record.result, record.fused = "uint8", fused
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
-        return {name: value for name, value in dict(state).items() if name not in self._derived()}
+    def folded(
+        self, base: Epilogue, mean: torch.Tensor, var: torch.Tensor, weight: Any, bias: Any, eps: float
+    ) -> Epilogue:
+        """``base`` followed by batch normalization, for layers whose channels are the second axis."""
+        raise NotImplementedError
 
-    @staticmethod
-    def _derived() -> tuple[str, ...]:
-        """Names of attributes that are rebuilt when needed and are not copied or pickled."""
-        return ()
+    def _apply(self, fn: Any, recurse: bool = True) -> "IntegerLayer":
+        """Move with the model; scales stay float32."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != torch.float32:
+            self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        bias = self.epilogue.bias
+        self.prepare(None if bias is None else bias.to(self.weight_scale.device))
+        return self
+
+
+def become(layer: torch.nn.Module, cls: type[torch.nn.Module], keep_float: bool = False) -> None:
+    """Make ``layer`` an instance of ``cls`` without its quantizers and, unless it is to be kept, its float weight."""
+    if isinstance(layer, QuantizedModule):
+        for name in list(layer.own_quantizers()):
+            del layer.__dict__[name]
+    for name in ("weight_quantizer", "bias_quantizer", "_simulated_weight", "_float_only", "_stubs_live"):
+        layer.__dict__.pop(name, None)
+    if not keep_float:
+        layer._parameters.pop("weight", None)
+    layer._buffers.pop("smoothing", None)
+    layer.__class__ = cls
+
+
+def successor(module: torch.nn.Module, cls: Any) -> Any:
+    """A new instance of ``cls`` with the geometry of ``module`` and none of its tensors."""
+    base = next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules") and c is not torch.nn.Module)
+    if not isinstance(module, base):
+        msg = f"it is an {cls.__name__}, the model has a {type(module).__name__} there"
+        raise StateError(msg)
+    new = copy.copy(module)
+    new.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+    become(new, cls)
+    return new
+
+
+def output_to_json(quantizer: Quantizer | None) -> dict[str, Any] | None:
+    """An output quantizer as JSON."""
+    if quantizer is None:
+        return None
+    if not isinstance(quantizer, LinearQuantizer) or quantizer.scale.numel() != 1:
+        msg = f"an integer layer whose output has a {type(quantizer).__name__} with several scales cannot be saved"
+        raise StateError(msg)
+    scale, zero_point = float(quantizer.scale.item()), int(quantizer.rounded_zero_point().item())
+    return {"num_bits": quantizer.num_bits, "symmetric": quantizer.symmetric, "scale": scale, "zero_point": zero_point}
+
+
+def output_from_json(data: dict[str, Any] | None) -> Quantizer | None:
+    """The inverse of :func:`output_to_json`."""
+    if data is None:
+        return None
+    quantizer = LinearQuantizer(data["num_bits"], symmetric=data["symmetric"])
+    quantizer.set_parameters(torch.tensor(data["scale"]), torch.tensor(data["zero_point"], dtype=torch.int32))
+    return quantizer

@@ -7,23 +7,21 @@ import torch
 
 from fastforward.integer import onednn
 from fastforward.integer.choose import fastest
-from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, epilogue
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, grid_of
-from fastforward.integer.layer import IntegerLayer
+from fastforward.integer.layer import IntegerLayer, become
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
 
 
-class IntegerLinear(IntegerLayer, torch.nn.Linear):
+class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     """``y = x W^T + b`` with integer operands.
 
-    Buffers ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``, float32) replace the float weight.
-    ``weight`` is computed from them when somebody asks for it.
+    Buffers ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``, float32) replace
+    the float weight; ``weight`` is computed from them when somebody asks for it.
     """
 
-    weight_int8: torch.Tensor
-    weight_scale: torch.Tensor
     channels_first = False
     _packed: torch.Tensor | None
     _float_weight: torch.Tensor | None
@@ -41,15 +39,16 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):
         output_quantizer = layer.output_quantizer
         become(layer, cls, keep_float)
         self: IntegerLinear = layer  # type: ignore[assignment]
-        self.register_buffer("weight_int8", integers)
-        self.register_buffer("weight_scale", scale)
-        self.output_quantizer = None if output_quantizer.is_stub() else output_quantizer
-        self.epilogue = epilogue(integers, scale, bias, grid.scale, grid.zero_point)
+        self.install(integers, scale, bias, grid, None if output_quantizer.is_stub() else output_quantizer)
+        return self
+
+    def prepare(self, bias: torch.Tensor | None) -> None:
+        super().prepare(bias)
         self._packed = self._float_weight = None
         self.start()
-        self._start(grid)
-        self.defers = self.output_quantizer is None
-        return self
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
@@ -84,13 +83,6 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):
 
     def output_shape(self, codes: torch.Tensor) -> tuple[int, ...]:
         return (*codes.shape[:-1], self.out_features)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float weight that the integers stand for, computed now; the original one if it was kept."""
-        if "weight" in self._parameters:
-            return self._parameters["weight"]  # type: ignore[return-value]
-        return self.weight_int8.float() * self.weight_scale[:, None]
 
     def start(self, backend: str = "auto", *, measure: bool = False) -> None:
         """Fix the kernel, or have it chosen per number of rows: by measurement, or from the table of defaults."""
@@ -132,7 +124,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):
     def _pack(self) -> torch.Tensor:
         if self._packed is None:
             self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None)
-        return self._packed  # type: ignore[no-any-return]
+        return self._packed
 
     def _traced(self, input: torch.Tensor) -> torch.Tensor:
         """The same computation in operators that compilers and exporters understand."""
@@ -142,22 +134,6 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):
         y = y.view(*input.shape[:-1], self.out_features).to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
-    @staticmethod
-    def _derived() -> tuple[str, ...]:
-        return ("_packed", "_float_weight")
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
-        self._packed = self._float_weight = None
-
-
-def become(layer: torch.nn.Module, cls: type[torch.nn.Module], keep_float: bool = False) -> None:
-    """Make ``layer`` an instance of ``cls`` without its quantizers and, unless it is to be kept, its float weight."""
-    for name in list(layer.own_quantizers()):  # type: ignore[operator]
-        del layer.__dict__[name]
-    for name in ("bias_quantizer", "_simulated_weight", "_float_only", "_stubs_live"):
-        layer.__dict__.pop(name, None)
-    if not keep_float:
-        layer._parameters.pop("weight", None)
-    layer._buffers.pop("smoothing", None)
-    layer.__class__ = cls
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
+        return {**self.__dict__, "_packed": None, "_float_weight": None}
