@@ -81,7 +81,7 @@ class HalfQuadratic(Observer):
 
     Minimises ``|W - dequantize(quantize(W))| ** p`` with ``p < 1`` by alternating a shrinkage step for the outliers
     and a closed form for scale and zero point (Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine
-    Learning Models"). Where the result is no better than the plain range, the plain range stays.
+    Learning Models"), from several fractions of the plain range. Where nothing is better, the plain range stays.
 
     Args:
         p: exponent of the norm.
@@ -92,6 +92,7 @@ class HalfQuadratic(Observer):
 
     scale: Tensor
     zero_point: Tensor
+    starts = (1.0, 0.85, 0.7, 0.55)
 
     def __init__(self, p: float = 0.7, iterations: int = 20, beta: float = 10.0, kappa: float = 1.01) -> None:
         super().__init__()
@@ -102,12 +103,16 @@ class HalfQuadratic(Observer):
     def update(self, x: Tensor) -> None:
         rows, shape = rows_by_block(x, self.granularity)
         rows = rows.to(torch.float32)
-        scale, zero_point = self.grid.parameters_for_range(rows.amin(1), rows.amax(1))
-        scale, zero_point = self._alternate(rows, scale[:, None], zero_point[:, None])
-        self.scale, self.zero_point = scale.reshape(shape), zero_point.reshape(shape)
-
-    def _alternate(self, rows: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+        scale, zero_point = self.grid.parameters_for_range(low, high)
         best = (scale, zero_point, self._error(rows, scale, zero_point))
+        for fraction in self.starts:
+            best = self._alternate(rows, *self.grid.parameters_for_range(low * fraction, high * fraction), best)
+        self.scale, self.zero_point = best[0].reshape(shape), best[1].reshape(shape)
+
+    def _alternate(
+        self, rows: Tensor, scale: Tensor, zero_point: Tensor, best: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         beta = self.beta
         magnitude = rows.abs().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         for _ in range(self.iterations):
@@ -123,7 +128,7 @@ class HalfQuadratic(Observer):
                 torch.where(wins, error, best[2]),
             )
             beta *= self.kappa
-        return best[0], best[1]
+        return best
 
     def _refit(self, target: Tensor, rounded: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and zero point that fit ``target`` best with the integers of ``rounded``."""

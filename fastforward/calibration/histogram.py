@@ -49,7 +49,7 @@ class HistogramObserver(Observer):
         bounds = torch.stack(torch.aminmax(rows))
         self._take_extremes(bounds)
         if self.counts.numel() == 0:
-            bins = self.requested_bins or (8192 if rows.shape[0] == 1 else 1024)
+            bins = self.requested_bins or self.default_bins(rows.shape[0])
             self.counts = torch.zeros(rows.shape[0], bins, dtype=torch.int64, device=x.device)
         exponent = exponent_for(float(bounds.abs().max()), self.bins)
         self._require_rows(rows.shape[0])
@@ -82,6 +82,10 @@ class HistogramObserver(Observer):
         if exponent > int(self.exponent):
             self.counts = coarsened(self.counts, exponent - int(self.exponent))
             self.exponent.fill_(exponent)
+
+    def default_bins(self, blocks: int) -> int:
+        """Return how many bins each of ``blocks`` blocks gets if the user did not say."""
+        return 8192 if blocks == 1 else 1024
 
     @property
     def bins(self) -> int:
@@ -139,6 +143,9 @@ class Histogram(HistogramObserver):
     def choose(self) -> tuple[Tensor, Tensor]:
         measure = self._squared_error if self.method == "mse" else self._divergence
         return best_range(*self.support(), measure, self.candidates, each_side=not self.grid.symmetric)
+
+    def default_bins(self, blocks: int) -> int:
+        return 2048 if self.method == "kl" and blocks == 1 else super().default_bins(blocks)
 
     def _squared_error(self, low: Tensor, high: Tensor) -> Tensor:
         scale, zero_point = self.grid.parameters_for_range(low, high)
