@@ -1,5 +1,7 @@
 """Each case is a function whose `probe(...)` calls ask what is known about their argument."""
 
+# ruff: noqa: E501 - a case per line reads best
+
 import ast
 import math  # noqa: F401 - resolved by name in the cases
 import textwrap

@@ -1,5 +1,7 @@
 """Replacement patterns: tables of source, rules and the source that comes out."""
 
+# ruff: noqa: E501 - a case per line reads best
+
 import ast
 
 import pytest
