@@ -20,6 +20,7 @@ _SUBMODULES = {
     "observers": "fastforward.calibration.observers",
     "quantization": "fastforward.quantization",
     "schemes": "fastforward.selection.schemes",
+    "training": "fastforward.training",
 }
 
 _NAMES = {

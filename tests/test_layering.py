@@ -21,6 +21,7 @@ LAYERS = {
     "selection": 4,
     "integer": 4,
     "state": 5,
+    "training": 5,
     "diagnostics": 6,
     "workflow": 6,
     "toggle": 7,
