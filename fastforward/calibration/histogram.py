@@ -207,9 +207,10 @@ def exponent_for(largest: float, bins: int) -> int:
 
 def histogram(rows: Tensor, bins: int, exponent: int) -> Tensor:
     """Count ``rows`` (float32 ``[blocks, n]``) into bins of width ``2 ** exponent``: int64 ``[blocks, bins]``."""
-    # A factor of 2 ** 126 at most, in two steps because 2 ** -exponent itself may overflow.
-    index = torch.floor(torch.ldexp(rows, torch.tensor(-exponent, device=rows.device))).to(torch.int64) + bins // 2
-    index.clamp_(0, bins - 1)
+    scaled = torch.ldexp(rows, torch.tensor(-exponent, device=rows.device))
+    index = torch.floor(scaled).to(torch.int64)
+    index -= (rows < 0) & (scaled == 0)  # too small for the scaled value, and yet below zero
+    index.add_(bins // 2).clamp_(0, bins - 1)
     blocks = rows.shape[0]
     if blocks > 1:
         index += torch.arange(blocks, device=rows.device)[:, None] * bins
