@@ -7,12 +7,14 @@ import importlib
 from typing import Any
 
 _NAMES = {
+    "RangeEstimation": "estimate",
     "estimate_ranges": "estimate",
     "track_ranges": "estimate",
     "Flow": "flow",
     "record_flow": "flow",
+    "FlowRecorder": "recorder",
 }
-_SUBMODULES = ("observers", "flow")
+_SUBMODULES = ("observers",)
 
 __all__ = sorted({*_NAMES, *_SUBMODULES})
 

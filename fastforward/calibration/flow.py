@@ -7,11 +7,14 @@ double quantization and coverage all read it.
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fastforward.nn.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from fastforward.selection.roles import Role
 
 OperandKind = Literal["weight", "activation"]
 
@@ -110,6 +113,21 @@ class Flow:
                 if operand.quantizer is not None:
                     found.setdefault(operand.quantizer, []).append((site, operand))
         return found
+
+    def governing(self) -> "dict[str, Role]":
+        """The role of each stub that governs an operand; what a scheme's ``apply`` takes.
+
+        A stub whose value serves as an activation anywhere is an activation; a weight used with different channel axes has none.
+        """
+        from fastforward.selection.roles import Role
+
+        roles = {}
+        for name, uses in self.governed().items():
+            site, operand = next(((s, o) for s, o in uses if o.kind == "activation"), uses[0])
+            axes = {o.channel_axis for _, o in uses}
+            axis = operand.channel_axis if operand.kind == "weight" and len(axes) == 1 else None
+            roles[name] = Role(operand.kind, site.operator, operand.argument, axis, operand.shape)
+        return roles
 
     def edges(self) -> list[tuple[Site, Site]]:
         """Producer and consumer of every value that goes from one operator to another."""

@@ -5,6 +5,8 @@ module hooks say whose code is running. Tensors are followed by identity and hel
 """
 
 import contextlib
+import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,11 +24,13 @@ from fastforward.calibration.flow import OUTPUT, Flow, Operand, OperandKind, Sit
 from fastforward.calibration.macs import multiply_accumulates
 from fastforward.calibration.trace import UNLISTED_MOVES, Trace, fresh, is_parameter, moved, quantized, tensors_in
 from fastforward.nn.module import stubs_live
-from fastforward.nn.quantizer import Quantizer, recording
+from fastforward.nn.quantizer import Quantizer, Recorder, recording
 
 _SKIPPED_SOURCES = (str(Path(fastforward.__file__).parent), str(Path(torch.__file__).parent))
 # `W @ x`: rows of the first factor become the output's channels, as columns of the second do in the table.
 _ROWS_OF_FIRST = {"matmul": "input", "mm": "input", "bmm": "input", "addmm": "mat1", "baddbmm": "batch1"}
+# C functions below Python ones of the table, whose arguments come in another order.
+_C_ORDER = {torch.embedding: ("weight", "input"), torch.embedding_bag: ("weight", "input")}
 _QUERIES = frozenset({"is_same_size", "data_ptr", "storage_offset", "grad", "_version", "__set__", "backward"})
 
 
@@ -47,6 +51,7 @@ class FlowRecorder(TorchFunctionMode):
         integer: Says of a module which operator it runs on integers; what happens inside is then not looked at.
         listener: Is told of the operands of every multiplying operator.
         live: Call stubs too; without it only active quantizers report.
+        also: Another recorder of stubs, told of the same tensors.
     """
 
     def __init__(
@@ -57,8 +62,10 @@ class FlowRecorder(TorchFunctionMode):
         integer: Callable[[torch.nn.Module], str | None] | None = None,
         listener: Listener | None = None,
         live: bool = True,
+        also: Recorder | None = None,
     ) -> None:
         super().__init__()
+        self._also = also
         self._model, self._table, self._listener, self._live = model, table or default_table(), listener, live
         self._integer = integer or (lambda module: None)
         self._paths = {id(module): path for path, module in model.named_modules()}
@@ -123,13 +130,10 @@ class FlowRecorder(TorchFunctionMode):
         site.integer, site.multiplies = True, operator not in ("embedding", "embedding_bag")
         site.calls += 1
         out = next(iter(tensors_in(output)), None)
-        weight = getattr(module, "weight", None)
         if out is not None and site.multiplies:
-            shape = tuple(getattr(module, "weight_shape", ())) or (tuple(weight.shape) if weight is not None else ())
-            per_output = 1
-            for size in shape[1:]:
-                per_output *= int(size)
-            site.macs += out.numel() * per_output
+            shape = getattr(module, "weight_shape", ())
+            shape = shape() if callable(shape) else shape
+            site.macs += out.numel() * math.prod(shape[1:])
         self._consume(site, tensors_in(args))
         for tensor in tensors_in(output):
             self._traces[tensor] = fresh(tensor, producer=site.number)
@@ -142,6 +146,8 @@ class FlowRecorder(TorchFunctionMode):
     # ------------------------------------------------------------------ stubs and quantizers
     def record(self, quantizer: Quantizer, tensor_in: Tensor, tensor_out: Tensor) -> Tensor:
         """Note that a tensor passed ``quantizer``; what goes on is another object, so that uses can be told apart."""
+        if self._also is not None:
+            self._also.record(quantizer, tensor_in, tensor_out)
         trace = self._trace(tensor_in)
         self._quantizers[id(quantizer)] = quantizer
         self._unsited.pop(trace.root, None)
@@ -204,7 +210,7 @@ class FlowRecorder(TorchFunctionMode):
         self, func: Any, operator: Operator | None, name: str, args: Any, kwargs: Any,
         inputs: list[Tensor], outs: list[Tensor],
     ) -> None:  # fmt: skip
-        arguments = _bind(operator, name, args, kwargs) if operator is not None else {}
+        arguments = _bind(operator, func, name, args, kwargs) if operator is not None else {}
         operands, traces = self._operands_of(operator, arguments)
         label = operator.identifier if operator is not None else name
         site = self._site(label, self._module_path(), operands, tuple(id(q) for _, q in operands))
@@ -261,6 +267,8 @@ class FlowRecorder(TorchFunctionMode):
         return operand, quantizer
 
     def _operator(self, func: Any, name: str) -> Operator | None:
+        if func in _C_ORDER:
+            return self._table.find_name(f"torch.nn.functional.{name}")
         found = self._table.find_callable(func)
         if found is None and name.startswith("__"):
             plain = name.strip("_")
@@ -279,8 +287,6 @@ class FlowRecorder(TorchFunctionMode):
     # ------------------------------------------------------------------ result
     def flow(self) -> Flow:
         """What was recorded; names of stubs that appeared during the run included."""
-        import dataclasses
-
         names = quantizer_names(self._model)
         sites = list(self._sites.values())
         for site in sites:
@@ -313,8 +319,12 @@ def _name(func: Any) -> str:
     return name
 
 
-def _bind(operator: Operator, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _bind(
+    operator: Operator, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Arguments by the names of the operator's schema; those of a variadic parameter as a list."""
+    if func in _C_ORDER:
+        return {**dict(zip(_C_ORDER[func], args, strict=False)), **kwargs}
     if name.startswith("__r") and len(args) == 2:
         args = args[::-1]
     bound: dict[str, Any] = {}

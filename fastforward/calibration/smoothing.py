@@ -1,0 +1,134 @@
+"""Activation smoothing: scale moved from a linear layer's inputs to its weights, before either is quantized.
+
+Some channels of an activation are far larger than the others and set the range of all. Dividing each channel by ``s`` and
+multiplying the weight's column by it leaves the product as it is (Xiao et al., "SmoothQuant", 2023). Here
+``s = max|x| ** strength`` per channel, to a geometric mean of one; the strength is searched for every layer by the error of its output.
+
+The error is measured on rows that the ranges were not taken from (cross-validation): a strength that fits its own rows
+exactly leaves no room for others, and costs 1.3 dB on MiniLM.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastforward.calibration.flow import Flow
+from fastforward.calibration.samples import Samples
+from fastforward.nn.linear import QuantizedLinear
+from fastforward.nn.linear_quantizer import LinearQuantizer
+from fastforward.quantization.granularity import PerTensor, blocked, min_max
+
+STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+FOLDS = 4
+SEARCH_ROWS = 512
+_SMALLEST = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothingGroup:
+    """Linear layers that multiply one and the same value, and a sample of that value.
+
+    Attributes:
+        layers: By module path.
+        rows: ``[rows, in_features]``.
+    """
+
+    layers: Mapping[str, QuantizedLinear]
+    rows: Tensor
+
+
+def smoothing_groups(model: torch.nn.Module, flow: Flow, samples: Samples) -> list[SmoothingGroup]:
+    """The groups of layers of ``model`` that can be smoothed: static quantizers per tensor on the input, and a sample."""
+    rows = sampled_rows(flow, samples)
+    layers = {
+        f"{path}.input_quantizer" if path else "input_quantizer": (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and path in rows and _smoothable(module)
+    }
+    together = [group for group in flow.shared if all(name in layers for name in group)]
+    alone = [frozenset({name}) for name in layers if not any(name in group for group in flow.shared)]
+    found = []
+    for group in (*together, *alone):
+        members = dict(layers[name] for name in sorted(group))
+        found.append(SmoothingGroup(members, rows[next(iter(members))]))
+    return found
+
+
+def sampled_rows(flow: Flow, samples: Samples) -> dict[str, Tensor]:
+    """By module path, the sampled inputs of every linear layer that runs at one site only."""
+    found: dict[str, list[Tensor]] = {}
+    runs: dict[str, int] = {}
+    for site in flow.sites:
+        if site.operator == "linear":
+            runs[site.module] = runs.get(site.module, 0) + 1
+            calls = samples.calls.get(site.number, ())
+            found.setdefault(site.module, []).extend(call.arguments["input"] for call in calls)
+    return {path: torch.cat(blocks) for path, blocks in found.items() if blocks and runs[path] == 1}
+
+
+def _smoothable(layer: QuantizedLinear) -> bool:
+    quantizer, weight = layer.input_quantizer, layer.weight_quantizer
+    if not (isinstance(quantizer, LinearQuantizer) and isinstance(weight, LinearQuantizer)):
+        return False
+    return isinstance(quantizer.granularity, PerTensor) and layer.smoothing is None
+
+
+def smooth(group: SmoothingGroup) -> tuple[Tensor | None, float]:
+    """Search the strength for a group.
+
+    Returns:
+        The divisor of the input, ``[in_features]``, or ``None`` where smoothing does not help; and the strength.
+    """
+    strength = best_strength(group)
+    if strength == 0.0:
+        return None, 0.0
+    return divisor(group.rows, strength), strength
+
+
+def divisor(rows: Tensor, strength: float) -> Tensor:
+    """``max|x| ** strength`` per channel, divided by its geometric mean."""
+    largest = rows.float().abs().amax(0).clamp_min(_SMALLEST)
+    scale = largest**strength
+    return scale / scale.log().mean().exp()
+
+
+def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS) -> float:
+    """The strength of least output error on held-out rows; no smoothing where there are too few rows to tell."""
+    rows = group.rows.float()
+    if rows.shape[0] < 2 * FOLDS:
+        return 0.0
+    errors = dict.fromkeys(strengths, 0.0)
+    bounds = torch.linspace(0, rows.shape[0], FOLDS + 1).long().tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        others = torch.cat([rows[:start], rows[end:]])
+        held_out = rows[start:end][:: max(1, (end - start) * FOLDS // SEARCH_ROWS)]
+        exact = {path: torch.nn.functional.linear(held_out, layer.weight.float()) for path, layer in group.layers.items()}
+        for strength in strengths:
+            errors[strength] += _held_out_error(group, strength, others, held_out, exact)
+    return min(errors, key=lambda strength: errors[strength])
+
+
+def _held_out_error(
+    group: SmoothingGroup, strength: float, others: Tensor, held_out: Tensor, exact: Mapping[str, Tensor]
+) -> float:
+    scale = divisor(others, strength)
+    layer = next(iter(group.layers.values()))
+    quantized = _round_with(layer.input_quantizer, others / scale, held_out / scale)
+    error = 0.0
+    for path, member in group.layers.items():
+        scaled = member.weight.float() * scale
+        weight = _round_with(member.weight_quantizer, scaled, scaled)
+        difference = torch.nn.functional.linear(quantized, weight) - exact[path]
+        error += float(difference.square().sum() / exact[path].square().sum().clamp_min(1e-30))
+    return error
+
+
+def _round_with(quantizer: object, seen: Tensor, x: Tensor) -> Tensor:
+    """Round ``x`` with the smallest and largest values of ``seen`` as the range."""
+    assert isinstance(quantizer, LinearQuantizer)
+    granularity = quantizer.granularity
+    scale, zero_point = quantizer.grid.parameters_for_range(*min_max(seen, granularity))
+    spread = (granularity.spread(parameter, x.shape) for parameter in (scale, zero_point))
+    return quantizer.grid.round(blocked(x, granularity.block_size(x.shape)), *spread).reshape(x.shape)

@@ -1,0 +1,125 @@
+"""The steps that a scheme can name: what is done to a model beside rounding, so that rounding costs less.
+
+``fold_batch_norm``
+    A batch norm that alone follows a convolution or linear layer becomes part of its weights.
+``smooth``
+    Scale is moved from the inputs of linear layers to their weights; layers that share an input share the scale.
+``round_weights``
+    Weights of linear layers are rounded with error feedback instead of each to its nearest integer.
+``correct_bias``
+    The mean error at a layer's output is taken off its bias.
+
+All but ``smooth`` change parameters: the model's float values are then those that rounding leaves.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastforward.calibration import batch_norm, bias_correction, weight_rounding
+from fastforward.calibration.flow import Flow
+from fastforward.calibration.linear_inputs import LinearInputs, linear_inputs
+from fastforward.calibration.samples import SampledCall, Samples
+from fastforward.calibration.smoothing import smooth, smoothing_groups
+from fastforward.calibration.undo import Undo
+
+STEPS = ("fold_batch_norm", "smooth", "round_weights", "correct_bias")
+
+
+def require_known(steps: Iterable[str]) -> None:
+    """Raise ValueError for a step that does not exist."""
+    unknown = [step for step in steps if step not in STEPS]
+    if unknown:
+        msg = f"unknown step {unknown[0]!r}; known steps: {', '.join(STEPS)}"
+        raise ValueError(msg)
+
+
+def fold_batch_norms(model: torch.nn.Module, flow: Flow, undo: Undo) -> int:
+    """Fold every batch norm that can be; return how many."""
+    modules = dict(model.named_modules())
+    pairs = list(batch_norm.foldable(model, flow))
+    for pair in pairs:
+        undo.keep_values(modules[pair.layer])
+        undo.keep_values(modules[pair.norm])
+        batch_norm.fold(modules[pair.layer], modules[pair.norm])
+    return len(pairs)
+
+
+def smooth_linears(model: torch.nn.Module, flow: Flow, samples: Samples) -> dict[str, Tensor]:
+    """Search and set the smoothing of every linear layer that can have one; return it by input quantizer."""
+    chosen: dict[str, Tensor] = {}
+    for group in smoothing_groups(model, flow, samples):
+        scale, _ = smooth(group)
+        if scale is None:
+            continue
+        for path, layer in group.layers.items():
+            layer.smoothing = scale.clone()
+            chosen[f"{path}.input_quantizer" if path else "input_quantizer"] = scale
+    return chosen
+
+
+def refine_linears(model: torch.nn.Module, flow: Flow, samples: Samples, steps: Iterable[str], undo: Undo) -> None:
+    """Round weights and correct biases of linear layers, as far as ``steps`` says."""
+    steps = frozenset(steps)
+    shared = shared_parameters(model)
+    for inputs in linear_inputs(model, flow, samples):
+        mean_output = inputs.mean_output()
+        undo.keep_values(inputs.layer)
+        with torch.no_grad():
+            if "round_weights" in steps and id(inputs.layer.weight) not in shared and weight_rounding.can_round(inputs):
+                inputs.layer.weight.copy_(weight_rounding.round_weight(inputs))
+            if "correct_bias" in steps:
+                _add_to_bias(inputs.layer, bias_correction.linear_shift(inputs, mean_output), shared)
+
+
+def correct_conv_biases(model: torch.nn.Module, flow: Flow, samples: Samples, undo: Undo) -> None:
+    """Correct the biases of convolutions that run at one site."""
+    modules = dict(model.named_modules())
+    shared = shared_parameters(model)
+    for path, call in _conv_calls(flow, samples):
+        layer = modules[path]
+        if isinstance(getattr(layer, "bias", None), Tensor):
+            undo.keep_values(layer)
+            with torch.no_grad():
+                shift = bias_correction.conv_shift(call, layer, bias_correction.conv_mean(call))
+                _add_to_bias(layer, shift, shared)
+
+
+def _conv_calls(flow: Flow, samples: Samples) -> list[tuple[str, SampledCall]]:
+    sites = [site for site in flow.sites if site.operator in ("conv1d", "conv2d", "conv3d")]
+    modules = [site.module for site in sites]
+    return [
+        (site.module, samples.calls[site.number][0])
+        for site in sites
+        if modules.count(site.module) == 1 and samples.calls.get(site.number)
+    ]
+
+
+def _add_to_bias(layer: torch.nn.Module, shift: Tensor, shared: frozenset[int]) -> None:
+    bias = layer.bias
+    if isinstance(bias, Tensor) and id(bias) not in shared and bool(torch.isfinite(shift).all()):
+        bias.add_(shift.to(bias.dtype))
+
+
+def shared_parameters(model: torch.nn.Module) -> frozenset[int]:
+    """Ids of parameters that more than one module holds, such as tied embeddings."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (shared if id(parameter) in seen else seen).add(id(parameter))
+    return frozenset(shared)
+
+
+__all__ = [
+    "STEPS",
+    "LinearInputs",
+    "correct_conv_biases",
+    "fold_batch_norms",
+    "refine_linears",
+    "require_known",
+    "shared_parameters",
+    "smooth_linears",
+]

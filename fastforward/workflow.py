@@ -1,0 +1,230 @@
+"""``ff.quantize``: a float model and data in, the quantized model out, in one call.
+
+The steps: stubs, one recorded run of the data, the scheme's quantizers where that run says they belong, smoothing, one observed
+run, ranges, weight rounding and bias correction, a coverage summary, integers if asked for.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastforward.calibration import steps as calibration_steps
+from fastforward.calibration.batches import Batches, Call, Data
+from fastforward.calibration.choose import automatic
+from fastforward.calibration.estimate import estimate_ranges, observable, observer_factory
+from fastforward.calibration.flow import Flow, eager, in_eval_mode
+from fastforward.calibration.recorder import FlowRecorder
+from fastforward.calibration.samples import Samples
+from fastforward.calibration.undo import Undo
+from fastforward.diagnostics.coverage import Coverage, measure
+from fastforward.exceptions import CalibrationError, QuantizationError, QuantizationWarning
+from fastforward.nn.conversion import dequantize_model, quantize_model
+from fastforward.nn.linear import QuantizedLinear
+from fastforward.nn.module import QuantizedModule
+from fastforward.nn.quantizer import Quantizer, QuantizerStub
+from fastforward.selection import schemes
+from fastforward.selection.config import QuantizationConfig
+from fastforward.selection.scheme import Choice, Scheme
+
+if TYPE_CHECKING:
+    from fastforward.autoquant.optable import OperatorTable
+    from fastforward.autoquant.patterns import PatternRule
+
+__all__ = ["Call", "quantize"]
+
+
+def quantize(
+    model: torch.nn.Module,
+    data: Data,
+    *,
+    scheme: str | Scheme | QuantizationConfig = "w8a8",
+    observer: Any = None,
+    convert: bool = False,
+    operator_table: "OperatorTable | None" = None,
+    replacement_patterns: "Sequence[PatternRule]" = (),
+    progress: bool = True,
+) -> torch.nn.Module:
+    """Quantize a float model with calibration data, in place.
+
+    Args:
+        model: The model. It runs in evaluation mode and without gradients here; afterwards it is in the mode it was in.
+        data: Iterable of batches: a tensor, a tuple (positional arguments), a mapping (keyword arguments) or
+            ``ff.Call(args, kwargs)``. Or a function that runs the model, with or without the model as its argument.
+        scheme: Which values are quantized and how: a name in ``ff.schemes``, a scheme, or a ``QuantizationConfig``.
+        observer: An observer class, instance or factory for all ranges. By default each site gets the one that costs its
+            operator's output least.
+        convert: Go on to integers, as ``ff.convert`` does.
+        operator_table: Operators to know beside torch's, as in ``ff.quantize_model``.
+        replacement_patterns: Patterns to replace in the source, likewise.
+        progress: Show a progress bar, and print the coverage at the end.
+
+    Returns:
+        ``model``. If anything raises, it is left as it was.
+
+    Raises:
+        CalibrationError: No data, or a site that saw NaN or infinity.
+        QuantizationError: The model is quantized already, or the scheme finds nothing to quantize.
+        TypeError: ``model`` is no module, ``data`` is neither, or a batch is none of the above.
+        ValueError: Unknown scheme; the message lists the known ones.
+
+    Example:
+        >>> import fastforward as ff, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = ff.quantize(model, [torch.randn(16, 4)], progress=False)
+        >>> ff.coverage(model, torch.randn(16, 4)).share
+        1.0
+    """
+    chosen = scheme if isinstance(scheme, QuantizationConfig) else schemes.get(scheme)
+    calibration_steps.require_known(chosen.steps)
+    model_in, model = model, _uncompiled(model)
+    batches = Batches(data)
+    undo = Undo()
+    try:
+        _add_stubs(model, operator_table, replacement_patterns, undo)
+        with in_eval_mode(model), eager():
+            _Calibration(model, batches, chosen, observer, progress, undo, operator_table).run()
+            coverage = _summary(model, batches, chosen.name, progress)
+        if convert:
+            _convert(model, batches)
+    except BaseException:
+        undo.roll_back()
+        raise
+    _warn_unreached(coverage)
+    return model_in
+
+
+@dataclasses.dataclass
+class _Calibration:
+    """One call of ``quantize``, after stubs are in place."""
+
+    model: torch.nn.Module
+    batches: Batches
+    scheme: Scheme | QuantizationConfig
+    observer: Any
+    progress: bool
+    undo: Undo
+    table: Any
+
+    def run(self) -> None:
+        """All steps from the recorded run to the last correction."""
+        flow, samples = self._record()
+        if "fold_batch_norm" in self.scheme.steps and calibration_steps.fold_batch_norms(self.model, flow, self.undo):
+            flow, samples = self._record()
+        self._place(flow)
+        smoothing: dict[str, Tensor] = {}
+        if "smooth" in self.scheme.steps:
+            self._keep_smoothing()
+            smoothing = calibration_steps.smooth_linears(self.model, flow, samples)
+        self._observe(flow, samples, smoothing)
+        if {"round_weights", "correct_bias"} & set(self.scheme.steps):
+            calibration_steps.refine_linears(self.model, flow, samples, self.scheme.steps, self.undo)
+        if "correct_bias" in self.scheme.steps:
+            calibration_steps.correct_conv_biases(self.model, flow, samples, self.undo)
+
+    def _record(self) -> tuple[Flow, Samples]:
+        samples = Samples(len(self.batches))
+        recorder = FlowRecorder(self.model, table=self.table, listener=samples)
+        with recorder:
+            self.batches.run(self.model, "recording", progress=self.progress, each=recorder.output)
+        return recorder.flow(), samples
+
+    def _place(self, flow: Flow) -> None:
+        choices = self.scheme.apply(self.model, flow.governing())
+        placed = [choice for choice in choices if choice.quantizer is not None]
+        _back_to_stubs(self.model, [choice for choice in placed if choice.site not in flow.reached])
+        if not any(choice.site in flow.reached for choice in placed):
+            raise _nothing_quantized(self.model, self.scheme.name, flow, choices)
+
+    def _keep_smoothing(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, QuantizedLinear):
+                self.undo.keep_values(module)
+
+    def _observe(self, flow: Flow, samples: Samples, smoothing: dict[str, Tensor]) -> None:
+        if not any(True for _ in observable(self.model)):
+            return  # nothing but dynamic quantizers
+        wanted = self.observer
+        if wanted is None and self.scheme.observer != "auto":
+            from fastforward.calibration import observers
+
+            wanted = getattr(observers, self.scheme.observer)
+        automatically = wanted is None or (isinstance(wanted, str) and wanted == "auto")
+        factory = automatic(flow, samples, smoothing) if automatically else observer_factory(wanted, (), {})
+        with estimate_ranges(self.model, factory, missing="ignore"):
+            self.batches.run(self.model, "calibrating", progress=self.progress)
+
+
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    if not isinstance(model, torch.nn.Module):
+        msg = f"quantize: expected a torch.nn.Module, got {type(model).__name__}"
+        raise TypeError(msg)
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, torch.nn.Module) else model
+
+
+def _add_stubs(model: torch.nn.Module, table: Any, patterns: Any, undo: Undo) -> None:
+    """Swap the model's classes, unless the user has done so and nothing is quantized yet."""
+    active = [name for name, module in model.named_modules() if isinstance(module, Quantizer) and not module.is_stub()]
+    if active:
+        msg = f"the model is quantized already ({active[0]}); ff.dequantize_model(model) takes it back to float"
+        raise QuantizationError(msg)
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+        undo.add(lambda: _remove_quantizers(model))
+    else:
+        quantize_model(model, operator_table=table, replacement_patterns=patterns)
+        undo.add(lambda: dequantize_model(model))
+
+
+def _remove_quantizers(model: torch.nn.Module) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, QuantizedModule):
+            for name, quantizer in module.own_quantizers().items():
+                if not quantizer.is_stub():
+                    setattr(module, name, QuantizerStub(metadata=quantizer.quant_metadata))
+
+
+def _back_to_stubs(model: torch.nn.Module, choices: Sequence[Choice]) -> None:
+    """Sites that no data reached keep no quantizer: it would have no range."""
+    modules = dict(model.named_modules())
+    for choice in choices:
+        owner, _, name = choice.site.rpartition(".")
+        setattr(modules[owner], name, QuantizerStub(metadata=choice.metadata))
+
+
+def _nothing_quantized(
+    model: torch.nn.Module, scheme: str, flow: Flow, choices: Sequence[Choice]
+) -> QuantizationError | CalibrationError:
+    if not flow.sites:
+        msg = f"no operator of {type(model).__name__} ran: the calibration data never reached the model"
+        return CalibrationError(msg)
+    reasons = sorted({choice.reason for choice in choices if choice.quantizer is None})
+    shown = "; ".join(reasons[:3]) or "it has no sites: see ff.show_source(type(model)) and ff.coverage(model, *inputs)"
+    msg = f"scheme {scheme} quantized nothing in {type(model).__name__}: {shown}"
+    return QuantizationError(msg)
+
+
+def _summary(model: torch.nn.Module, batches: Batches, scheme: str, progress: bool) -> Coverage:
+    coverage = measure(model, lambda: batches.run_first(model))
+    if progress:
+        print(coverage.summary(scheme))
+    return coverage
+
+
+def _convert(model: torch.nn.Module, batches: Batches) -> None:
+    from fastforward.integer import convert
+
+    example = batches.first
+    with in_eval_mode(model):
+        convert(model, example_inputs=example)
+
+
+def _warn_unreached(coverage: Coverage) -> None:
+    if coverage.unreached:
+        shown = ", ".join(coverage.unreached[:10])
+        more = f" and {len(coverage.unreached) - 10} more" if len(coverage.unreached) > 10 else ""
+        msg = f"calibration never reached {shown}{more}: they stay float. Add data that does, or leave them so"
+        warnings.warn(msg, QuantizationWarning, stacklevel=3)
