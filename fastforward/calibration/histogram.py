@@ -209,7 +209,7 @@ def histogram(rows: Tensor, bins: int, exponent: int) -> Tensor:
     """Count ``rows`` (float32 ``[blocks, n]``) into bins of width ``2 ** exponent``: int64 ``[blocks, bins]``."""
     scaled = torch.ldexp(rows, torch.tensor(-exponent, device=rows.device))
     index = torch.floor(scaled).to(torch.int64)
-    index -= (rows < 0) & (scaled == 0)  # too small for the scaled value, and yet below zero
+    index -= ((rows < 0) & (scaled == 0)).to(torch.int64)  # too small for the scaled value, and yet below zero
     index.add_(bins // 2).clamp_(0, bins - 1)
     blocks = rows.shape[0]
     if blocks > 1:
