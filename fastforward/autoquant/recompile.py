@@ -8,6 +8,7 @@ import builtins
 import dis
 import functools
 import importlib
+import inspect
 import linecache
 import os
 import re
@@ -25,7 +26,7 @@ import torch.utils.checkpoint
 
 from fastforward.autoquant.inference import Inference
 from fastforward.autoquant.marks import UNKNOWN, Context, Marks, Resolver, mark
-from fastforward.autoquant.optable import OperatorTable, default_table
+from fastforward.autoquant.optable import Operator, OperatorTable, default_table
 from fastforward.autoquant.patterns import PatternRule, apply_rules
 from fastforward.autoquant.rewrite import SCOPE, rewrite
 from fastforward.autoquant.sites import Site
@@ -129,6 +130,7 @@ class Engine:
         self._units: dict[int, tuple[types.CodeType, Unit | None]] = {}
         self._nested: dict[int, types.CodeType] = {}
         self._kinds: dict[int, tuple[types.CodeType, FunctionKind]] = {}
+        self._autograd: dict[type, Operator] = {}
         self._version = self.table.version
 
     @functools.cached_property
@@ -172,7 +174,19 @@ class Engine:
             return "plain"
         if id(code) in self._units:
             return "helper"
-        return "helper" if _is_model_code(code.co_filename) else "plain"
+        scripted_when_traced = "__script_if_tracing_wrapper" in function.__dict__
+        return "helper" if scripted_when_traced or _is_model_code(code.co_filename) else "plain"
+
+    def autograd_operator(self, function: type[torch.autograd.Function]) -> Operator:
+        """The operator that a user's ``autograd.Function`` is: its ``forward`` stays whole, because its ``backward`` fits it."""
+        known = self._autograd.get(function)
+        if known is None:
+            parameters = list(inspect.signature(function.forward).parameters.values())
+            has_context = function.setup_context is torch.autograd.Function.setup_context
+            operands = [f"{'*' * (p.kind is p.VAR_POSITIONAL)}{p.name}: MaybeQuantized" for p in parameters[has_context:]]
+            spec = f"{function.__name__}({', '.join(operands)}) -> Quantized"
+            known = self._autograd[function] = Operator(spec, f"{function.__module__}.{function.__qualname__}.apply")
+        return known
 
     def treat_call(self, target: Any) -> Literal["call", "leave"]:
         """Whether a call of the known object ``target`` needs a look at run time."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastforward.autoquant.recompile import Engine, Unit
 
 SCOPES = "_ff_scopes"
+SCOPE_ARGUMENT = "_ff"
 # A function object made anew in each call (a closure) would otherwise be kept once per call.
 _CLOSURES_KEPT = 8
 _STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT = range(6)
@@ -188,11 +189,24 @@ class Scope:
         if isinstance(me, torch.Tensor):
             found = self.engine.table.find_method(function.__name__)
             return method(*args, **kwargs) if found is None else self._operator(number, found, method, args, kwargs)
-        if hasattr(me, "_ff_add_stub") and me is not self.owner:
-            return method(*args, **kwargs)  # another quantized module: its own scope has its quantizers
+        if isinstance(me, type) and issubclass(me, torch.autograd.Function):
+            return self._operator(number, self.engine.autograd_operator(me), method, args, kwargs)
         if self.engine.kind(function) != "helper":
             return method(*args, **kwargs)
+        if hasattr(me, "_ff_add_stub") and me is not self.owner:
+            return self._foreign_method(number, method, args, kwargs)
         return self._helper(number, method, function, (me, *args), kwargs, _METHOD)
+
+    def _foreign_method(self, number: int, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A method of another quantized module: its sites belong to that module."""
+        if SCOPE_ARGUMENT in (method.__func__.__kwdefaults__ or ()):
+            return method(*args, **kwargs)
+        unit = self.engine.unit(method.__func__)
+        if unit is None:
+            return method(*args, **kwargs)
+        bound = self.engine.bind(method.__func__, MethodEntry(self.engine, method.__func__.__name__, unit))
+        self.memo[number] = _METHOD, bound
+        return bound(method.__self__, *args, **kwargs)
 
     def _object(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = self.engine.table.find_callable(function)

@@ -193,6 +193,10 @@ def _check_model(model: Any) -> None:
                 f"{where} is a torch.jit.ScriptModule and has no Python source; quantize the model before scripting it"
             )
             raise QuantizationError(msg)
+        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+            # Its class changes in the first call, which would undo the swap.
+            msg = f"{where} ({type(module).__name__}) is lazy: run the model once on example inputs before quantizing it"
+            raise QuantizationError(msg)
 
 
 def _skipped(path: str, module: torch.nn.Module, skip: Skip) -> bool:
