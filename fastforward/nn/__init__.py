@@ -24,6 +24,7 @@ _LAYERS = {
         "QuantizedBatchNorm2d",
         "QuantizedBatchNorm3d",
     ),
+    "recurrent": ("QuantizedRNN", "QuantizedGRU", "QuantizedLSTM"),
     "activation": (
         "QuantizedReLU",
         "QuantizedReLU6",
