@@ -36,12 +36,19 @@ def build(row: Operator) -> Callable[..., Any]:
 
     def functional(*args: Any, output_quantizer: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
         result = run(*args, **kwargs)
-        return result if output_quantizer is None else output_quantizer(result)
+        return result if output_quantizer is None else _quantized(output_quantizer, result)
 
     functional.__name__ = functional.__qualname__ = row.identifier
     functional.__doc__ = _document(row)
     functional.__signature__ = _signature(row)  # type: ignore[attr-defined]
     return functional
+
+
+def _quantized(quantizer: Callable[[Any], Any], result: Any) -> Any:
+    """Some operators (``lstm``) return several tensors: each goes through the quantizer."""
+    if type(result) in (list, tuple):
+        return type(result)(_quantized(quantizer, item) for item in result)
+    return quantizer(result)
 
 
 def _with_plain_operands(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -52,7 +52,8 @@ def _list_differences(one: list, other: list, path: str) -> list[str]:
         other = other[:hole] + other[len(other) - after :] if after else other[:hole]
     if len(one) != len(other):
         return [f"{path}: {[_text(item) for item in one]} is {[_text(item) for item in other]}"]
-    return [line for index, (a, b) in enumerate(zip(one, other)) for line in _field_differences(a, b, f"{path}[{index}]")]
+    pairs = enumerate(zip(one, other))
+    return [line for index, (a, b) in pairs for line in _field_differences(a, b, f"{path}[{index}]")]
 
 
 def _is_elision(item: object) -> bool:

@@ -1,4 +1,4 @@
-"""Every section of the autoquant tutorial: its program is run, its generated file compared with its listing and used."""
+"""Every section of the autoquant tutorial: its program runs, and its generated file is compared with the listing."""
 
 import ast
 import runpy
@@ -170,3 +170,12 @@ def test_nothing_is_written_without_a_path(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     assert "QuantizedExampleModule1B" in ff.autoquantize(ExampleModule1B()).code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_comparison_finds_what_differs() -> None:
+    listing = read_listing("basic")
+    for old, new in [("quantizer_linear", "quantizer_x"), ("self_bias,", ""), ("(self.bias)", "(self.weight)")]:
+        text = ast.unparse(listing)
+        assert old in text
+        assert differences(listing, ast.parse(text.replace(old, new)))
+    assert not differences(listing, ast.parse(ast.unparse(listing).replace("linear: ...", "linear: int")))
