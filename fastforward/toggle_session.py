@@ -1,0 +1,171 @@
+"""One root module under the toggle: quantized at its first call, then observed or trained, call by call."""
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastforward.calibration.choose import automatic, uses_by_quantizer
+from fastforward.calibration.flow import Flow, eager
+from fastforward.calibration.recorder import FlowRecorder
+from fastforward.calibration.samples import Samples
+from fastforward.calibration.tracking import Phase, RangeTracking, make_tracking
+from fastforward.diagnostics.coverage import Coverage, from_flow
+from fastforward.nn.conversion import quantize_model
+from fastforward.nn.module import QuantizedModule
+from fastforward.nn.quantizer import Quantizer
+from fastforward.selection import schemes
+from fastforward.selection.config import QuantizationConfig
+from fastforward.selection.scheme import Scheme
+from fastforward.toggle_settings import Settings
+
+
+class Session:
+    """What happens at the calls of one root module, which is quantized in place right away.
+
+    Args:
+        root: The module.
+        settings: The toggle's variables.
+
+    Attributes:
+        name: The root's class.
+        phase: What the root's quantizers do at present.
+        flow: The recorded call that did most of the work.
+        coverage: What it says about the quantizers there are now; None until a call has finished.
+        quantized_modules: How many modules have a quantizer.
+    """
+
+    def __init__(self, root: torch.nn.Module, settings: Settings) -> None:
+        self.name = f"{type(root).__module__}.{type(root).__qualname__}"
+        self.settings = settings
+        self._running = False
+        self.phase = _phase_of(root) or Phase()
+        self._root = weakref.ref(root)
+        self._recorded = 0
+        self._observed = 0
+        self._trained = False
+        self.flow: Flow | None = None
+        self.coverage: Coverage | None = None
+        self.quantized_modules = 0
+        quantize_rest(root, settings.left_out(root))
+
+    @property
+    def root(self) -> torch.nn.Module | None:
+        """The root module, unless the program has dropped it."""
+        return self._root()
+
+    def run(self, call: Callable[[], Any], training: bool) -> Any:
+        """Let the program's call of the root happen in the mode that is due."""
+        root = self._root()
+        if self._running or root is None:  # a root that calls itself
+            return call()
+        self._running = True
+        try:
+            self._choose_phase(training)
+            if self._recorded >= self.settings.calibration:
+                return call()
+            self._recorded += 1
+            return self._record(root, call)
+        finally:
+            self._running = False
+
+    def _choose_phase(self, training: bool) -> None:
+        if training:
+            self._trained = True
+        observing = not self._trained and self._observed < self.settings.calibration
+        self._observed += observing
+        if self.phase.observing and not observing:
+            self.settle()
+        self.phase.observing = observing
+
+    def settle(self) -> None:
+        """Turn what was observed into ranges."""
+        self.phase.observing = False
+        for quantizer in self.quantizers():
+            quantizer.settle()
+
+    def quantizers(self) -> list[RangeTracking]:
+        """The quantizers of the root that find their own range."""
+        root = self._root()
+        return [] if root is None else [module for module in root.modules() if isinstance(module, RangeTracking)]
+
+    def _record(self, root: torch.nn.Module, call: Callable[[], Any]) -> Any:
+        """Run the call with the flow of values recorded, then put quantizers where it shows that they belong."""
+        samples = Samples()
+        recorder = FlowRecorder(root, listener=samples)
+        # What the program compiled runs as plain Python meanwhile; loading the compiler for that alone is not worth it.
+        with eager() if "torch._dynamo" in sys.modules else contextlib.nullcontext(), recorder:
+            result = call()
+            recorder.output(result)
+        flow = recorder.flow()
+        if self.flow is None or flow.macs >= self.flow.macs:
+            self.flow = flow
+        self._place(root, flow, samples)
+        self._take_stock(root)
+        return result
+
+    def _place(self, root: torch.nn.Module, flow: Flow, samples: Samples) -> None:
+        choices = _selection(self.settings.scheme).apply(root, flow.governing())
+        placed = {choice.site: choice.quantizer for choice in choices if choice.quantizer is not None}
+        observer_for = automatic(flow, samples)
+        uses = uses_by_quantizer(flow, samples, {})
+        for site, quantizer in placed.items():
+            if not make_tracking(quantizer, self.phase) or not self.phase.observing:
+                continue
+            assert isinstance(quantizer, RangeTracking)
+            quantizer.observe_with(observer_for(site, quantizer))
+            quantizer.look_at(call.arguments[use.argument] for use in uses.get(site, ()) for call in use.calls)
+
+    def _take_stock(self, root: torch.nn.Module) -> None:
+        """Note how the root stands, while it is certainly there: the program may drop it before the end."""
+        if self.flow is not None:
+            self.coverage = from_flow(root, _with_present_quantizers(self.flow, root))
+        modules = [module for module in root.modules() if isinstance(module, QuantizedModule)]
+        self.quantized_modules = sum(
+            any(not quantizer.is_stub() for quantizer in module.own_quantizers().values()) for module in modules
+        )
+
+
+def _with_present_quantizers(flow: Flow, root: torch.nn.Module) -> Flow:
+    """The flow as it would be recorded now: where there was a stub, a quantizer may have come."""
+    active = {name for name, module in root.named_modules() if isinstance(module, Quantizer) and not module.is_stub()}
+    sites = [
+        replace(site, operands=tuple(replace(operand, active=operand.quantizer in active) for operand in site.operands))
+        for site in flow.sites
+    ]
+    return replace(flow, sites=sites)
+
+
+def quantize_rest(module: torch.nn.Module, left_out: Callable[[str, torch.nn.Module], bool], path: str = "") -> None:
+    """Give stubs to ``module`` and everything below that has none yet: parts of it may have been roots before."""
+    if isinstance(module, Quantizer):
+        return
+    below = any(isinstance(part, QuantizedModule) for part in module.modules())
+
+    def skip(inner: str, part: torch.nn.Module) -> bool:
+        return left_out(".".join(filter(None, (path, inner))), part)
+
+    if not below:
+        quantize_model(module, skip=skip)
+        return
+    for name, child in module.named_children():
+        quantize_rest(child, left_out, f"{path}.{name}" if path else name)
+    if not isinstance(module, QuantizedModule):
+        quantize_model(module, recursive=False, skip=skip)
+
+
+def _selection(scheme: str) -> Scheme | QuantizationConfig:
+    """The scheme of that name, or the configuration in that file."""
+    if scheme.endswith((".yaml", ".yml")) or Path(scheme).is_file():
+        return QuantizationConfig.from_yaml(Path(scheme))
+    return schemes.get(scheme)
+
+
+def _phase_of(root: torch.nn.Module) -> Phase | None:
+    """The phase that a copied or unpickled root brings along."""
+    return next((module._phase for module in root.modules() if isinstance(module, RangeTracking)), None)

@@ -1,0 +1,45 @@
+"""The last words of a program under the toggle: what was quantized, and what was not and why."""
+
+from collections.abc import Mapping, Sequence
+
+from fastforward.diagnostics.coverage import Coverage
+from fastforward.toggle_session import Session
+from fastforward.toggle_settings import Settings
+
+
+def summary(settings: Settings, sessions: Sequence[Session], left_alone: Mapping[str, str]) -> str:
+    """One line: scheme, and for each root its modules, operators and multiply-accumulates quantized.
+
+    Args:
+        settings: The toggle's variables.
+        sessions: One for each root module.
+        left_alone: Class of a module that could have been a root -> why it is none.
+    """
+    parts = [_describe(session) for session in sessions]
+    parts += [f"{name} stays float ({reason})" for name, reason in left_alone.items()]
+    if not parts:
+        parts = ["nothing was quantized: no module with a quantizable parameter was called"]
+    return f"fastforward: {settings.scheme}: {'; '.join(parts)}"
+
+
+def _describe(session: Session) -> str:
+    coverage = session.coverage
+    if coverage is None:
+        return f"{session.name} stays float (no call of it ended)"
+    operators = coverage.multiplying
+    done = sum(row.quantized for row in operators)
+    text = (
+        f"{session.name}: {session.quantized_modules} modules, {done} of {len(operators)} operators, "
+        f"{coverage.share:.1%} of multiply-accumulates quantized"
+    )
+    notes = [_float_operators(coverage)] if done < len(operators) else []
+    if session.phase.observing:
+        notes.append(f"still observing: fewer than {session.settings.calibration} batches in eval mode")
+    if session.phase.refused:
+        notes.append(f"{session.phase.refused} tensors with NaN or infinity were not observed")
+    return f"{text} ({'; '.join(notes)})" if notes else text
+
+
+def _float_operators(coverage: Coverage) -> str:
+    worst = max((row for row in coverage.multiplying if not row.quantized), key=lambda row: row.macs)
+    return f"float, for example: {worst.operator} at {worst.place}, {worst.reason or 'no site'}"
