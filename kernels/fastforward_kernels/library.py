@@ -24,6 +24,7 @@ def define(
     fake: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
     triton: str | None = None,
+    differentiable: bool = False,
 ) -> torch._ops.OpOverload:
     """Define the operator ``schema`` and register its implementations.
 
@@ -33,19 +34,36 @@ def define(
         fake: what shape-tracing calls: the outputs' shapes, dtypes and strides.
         cpu: a faster form for CPUs.
         triton: ``module:function`` below ``fastforward_kernels.triton``.
+        differentiable: a gradient is registered by the caller; without one the result is cut off from the graph.
     """
+    below = _same if differentiable else _without_gradient
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, below(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if cpu is not None:
-        LIBRARY.impl(name, cpu, "CPU")
+        LIBRARY.impl(name, below(cpu), "CPU")
     if triton is not None:
-        on_gpu = _lazy(triton, reference)
+        on_gpu = below(_lazy(triton, reference))
         for key in GPU_KEYS:
             LIBRARY.impl(name, on_gpu, key)
     operator: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return operator
+
+
+def _same(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    return implementation
+
+
+def _without_gradient(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run an implementation as torch runs its own kernels: autograd does not see what it does."""
+
+    @functools.wraps(implementation)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*args, **kwargs)
+
+    return call
 
 
 def _lazy(target: str, reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -40,6 +40,7 @@ FAKE_QUANTIZE: Callable[..., Tensor] = define(
     reference=reference.fake_quantize,
     cpu=cpu.fake_quantize,
     triton="fake_quantize:fake_quantize",
+    differentiable=True,
     fake=_like_first,
 )
 FAKE_QUANTIZE_BACKWARD: Callable[..., Tensor] = define(
@@ -64,6 +65,7 @@ FAKE_QUANTIZE_WITH_MASK = define(
     f"fake_quantize_with_mask(Tensor x, {GRID}) -> (Tensor, Tensor)",
     reference=reference.fake_quantize_with_mask,
     triton="fake_quantize:fake_quantize_with_mask",
+    differentiable=True,
     fake=lambda x, *_: (torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)),
 )
 APPLY_MASK: Callable[..., Tensor] = define(
@@ -83,6 +85,7 @@ FAKE_QUANTIZE_FLOAT8: Callable[..., Tensor] = define(
     reference=reference.fake_quantize_float8,
     cpu=cpu.fake_quantize_float8,
     triton="float8_grid:fake_quantize_float8",
+    differentiable=True,
     fake=_like_first,
 )
 QUANTIZE_FLOAT8: Callable[..., Tensor] = define(

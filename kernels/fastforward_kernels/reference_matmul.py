@@ -110,11 +110,10 @@ def int8_conv(
     zero_point = 0 if weight_zero_point is None else weight_zero_point.reshape(-1, *[1] * (weight.dim() - 1))
     convolve = functional.conv1d if weight.dim() == 3 else functional.conv2d
     data = centred(x, column(x_zero_point)), centred(weight, zero_point)
-    acc = convolve(*data, None, list(stride), list(padding), list(dilation), groups).to(torch.int32)
+    acc = channels_last(convolve(*data, None, list(stride), list(padding), list(dilation), groups).to(torch.int32))
     factors = (x_scale.reshape(()), weight_scale.reshape(per_channel))
     bias = None if bias is None else bias.reshape(per_channel)
-    y = epilogue.apply(acc, factors, bias, residual, activation, out_dtype, out_scale, out_zero_point)
-    return channels_last(y)
+    return epilogue.apply(acc, factors, bias, residual, activation, out_dtype, out_scale, out_zero_point)
 
 
 def channels_last(y: Tensor) -> Tensor:
