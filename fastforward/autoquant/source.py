@@ -75,11 +75,13 @@ def _locate(code: types.CodeType, file: SourceFile) -> Located:
     if not candidates:
         msg = f"{describe(code)}: no such function in the source file. Was it generated, or edited since import?"
         raise SourceMismatchError(msg)
-    for candidate in candidates:
-        tree = skeleton(candidate.node, candidate.chain, file.imports)
-        for rank, compiled in enumerate(nested_codes(compile_like(tree, code), code)):
-            if compiled == code and qualname(compiled) == qualname(code):
-                return Located(file, candidate.node, candidate.chain, rank)
+    # IPython compiles the statements of a cell one by one: there a definition does not see the cell's imports.
+    for imports in (file.imports, []) if file.imports else ([],):
+        for candidate in candidates:
+            tree = skeleton(candidate.node, candidate.chain, imports)
+            for rank, compiled in enumerate(nested_codes(compile_like(tree, code), code)):
+                if compiled == code and qualname(compiled) == qualname(code):
+                    return Located(file, candidate.node, candidate.chain, rank)
     msg = (
         f"{describe(code)}: the source on disk is not the code that runs (edited since import, or rewritten by "
         "another tool). Import the module again, or exclude it from that tool."
