@@ -1,0 +1,84 @@
+"""The static quantization walk-through: the example's own code, in all its variants."""
+
+import importlib.util
+import pathlib
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PATH = pathlib.Path(__file__).parents[2] / "examples" / "static_quantization.py"
+FORMATS = {torch.uint8: 30.0, torch.int8: 30.0, torch.float8_e4m3fn: 24.5}
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("static_quantization", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Products(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if re.search(r"mm|matmul|linear|convolution|dot|einsum", name):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("target", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["StaticQuantConfig", "StaticQuantWeightConfig"])
+def test_accuracy_over_twenty_seeds(example, dtype, target, variant):
+    results = [example.run(dtype, target, getattr(example, variant), seed=seed)[1] for seed in range(20)]
+    assert min(results) > FORMATS[target]
+
+
+@pytest.mark.parametrize("variant", ["StaticQuantConfig", "StaticQuantWeightConfig"])
+def test_the_int8_program_multiplies_integers_only(example, variant):
+    model, _ = example.run(torch.bfloat16, torch.uint8, getattr(example, variant))
+    with Products() as seen, torch.no_grad():
+        model(torch.randn(8, 64, dtype=torch.bfloat16))
+    assert seen.names == ["_int_mm", "_int_mm"]
+
+
+def test_the_printed_model_and_weight(example):
+    model, _ = example.run(torch.bfloat16, torch.uint8)
+    assert str(model) == "ToyLinearModel(\n  (linear1): QuantizedLinear()\n  (linear2): QuantizedLinear()\n)"
+    assert re.fullmatch(r"tensor\(\[\d\.\d+\]\)", str(model.linear1.act_scale))
+    weight = model.linear1.qweight
+    text = str(weight)
+    parts = ["QuantizedTensor(tensor_impl=PlainTensorImpl(data=tensor([[", "... , scale=tensor([", "... , zero_point=tensor(["]
+    parts += ["_layout=PlainLayout()), block_size=(1, 64), shape=torch.Size([64, 64]), device=cpu, dtype=torch.bfloat16"]
+    positions = [text.index(part) for part in parts]
+    assert positions == sorted(positions)
+    assert text.endswith("requires_grad=False)")
+    assert weight.tensor_impl.data.dtype == torch.uint8
+    assert weight.tensor_impl.scale.shape == (64,)
+
+
+@pytest.mark.parametrize("target", [torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("variant", ["StaticQuantConfig", "StaticQuantWeightConfig"])
+def test_compiled_without_graph_breaks(example, target, variant):
+    model, _ = example.run(torch.float32, target, getattr(example, variant))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.slow
+def test_compiled_before_observers_are_inserted(example):
+    """The tutorial's order: swapping and calibrating go through the compiled wrapper."""
+    model, quality = example.run(torch.bfloat16, torch.uint8, compile_mode="max-autotune")
+    assert quality > 30
+    assert "(_orig_mod): ToyLinearModel(" in str(model)
+    eager, eager_quality = example.run(torch.bfloat16, torch.uint8)
+    assert quality == pytest.approx(eager_quality, abs=0.5)
+    assert torch.equal(model.linear1.qweight.int_repr(), eager.linear1.qweight.int_repr())
