@@ -7,7 +7,7 @@ learned (`learn_ranges`, until `freeze_ranges`).
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -101,7 +101,8 @@ def freeze_batch_norm(model: torch.nn.Module) -> int:
     norms = [module for module in model.modules() if isinstance(module, _NORMS)]
     for norm in norms:
         norm.eval()
-        norm.__dict__["train"] = types.MethodType(_stay_in_eval, norm)
+        # A partial, unlike a bound method, is copied and pickled with its module.
+        norm.__dict__["train"] = functools.partial(_stay_in_eval, norm)
     return len(norms)
 
 
