@@ -1,6 +1,7 @@
 """The house: imports point down only, and importing the package stays light."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -75,8 +76,10 @@ def test_importing_the_package_imports_neither_torch_nor_anything_heavy() -> Non
     assert run(code).strip() == "[]"
 
 
-def test_every_public_name_can_be_loaded() -> None:
-    for name in fastforward.__all__:
-        assert getattr(fastforward, name) is not None, name
+@pytest.mark.parametrize("package", ["fastforward", "fastforward.nn", "fastforward.autoquant"])
+def test_every_public_name_can_be_loaded(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name) is not None, name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         fastforward.nonsense  # noqa: B018

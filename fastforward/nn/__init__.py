@@ -24,6 +24,7 @@ _LAYERS = {
         "QuantizedBatchNorm2d",
         "QuantizedBatchNorm3d",
     ),
+    "attention": ("QuantizedMultiheadAttention",),
     "recurrent": ("QuantizedRNN", "QuantizedGRU", "QuantizedLSTM"),
     "activation": (
         "QuantizedReLU",
