@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 _ROUNDS = 7
-_MARGIN = 1.05
+_MARGIN = 1.1
 
 
 def fastest(candidates: dict[str, Callable[[], Any]]) -> str:
-    """Return the name of the fastest candidate; a later one must win by 5 %.
+    """Return the name of the fastest candidate; a later one must win by 10 %.
 
     Candidates run in turn, and the minimum of each counts: on a busy machine other processes only ever add time.
     """

@@ -11,6 +11,7 @@ from fastforward.integer import fusion, onednn
 from fastforward.integer.conv import IntegerConv, require_kernel
 from fastforward.integer.embedding import IntegerEmbedding
 from fastforward.integer.grid import Grid, grid_of
+from fastforward.integer.islands import speed_up
 from fastforward.integer.layer import IntegerLayer
 from fastforward.integer.linear import IntegerLinear
 from fastforward.integer.weights import require_integer
@@ -68,6 +69,9 @@ def convert(
         _swap(step, keep_float)
         if isinstance(step.layer, IntegerLinear):
             step.layer.start(backend, measure=example_inputs is not None)
+    for _, quantizer in _quantizers(model):
+        if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
+            speed_up(quantizer)
     if example_inputs is not None:
         learn(model, example_inputs)
     return model

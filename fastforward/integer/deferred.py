@@ -74,6 +74,8 @@ class Deferred(torch.Tensor):
     _move: Callable[[torch.Tensor], torch.Tensor] | None
     _codes: dict[int, tuple[Grid, torch.Tensor]] | None
     _children: list["weakref.ref[Deferred]"] | None
+    _grid: Grid | None
+    _strided: bool
 
     @staticmethod
     def __new__(
@@ -85,11 +87,14 @@ class Deferred(torch.Tensor):
         parent: "Deferred | None" = None,
         move: Callable[[torch.Tensor], torch.Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        grid: Grid | None = None,
+        strided: bool = False,
     ) -> "Deferred":
         dtype = product.dtype if product is not None else dtype
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         self._product, self._value, self._parent, self._move = product, value, parent, move
         self._codes = self._children = None
+        self._grid, self._strided = grid, strided
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,8 +108,11 @@ class Deferred(torch.Tensor):
     def computed(self) -> torch.Tensor:
         """The floats, in whatever memory layout the kernel produced."""
         if self._value is None:
-            if self._parent is not None and self._move is not None:
-                self._value = self._move(self._parent.computed())
+            if self._grid is not None and self._parent is not None:
+                self._value = self._grid.values(self._parent.codes(self._grid)).to(self.dtype)
+            elif self._parent is not None and self._move is not None:
+                parent = self._parent
+                self._value = self._move(parent.materialize() if self._strided else parent.computed())
             elif self._product is not None:
                 if self._codes is not None:
                     # Wanted as codes and as floats: from now on compute floats once and round them.
@@ -116,13 +124,15 @@ class Deferred(torch.Tensor):
     def materialize(self) -> torch.Tensor:
         """The plain tensor that this one stands for; its memory is contiguous, as torch's own result would be."""
         value = self.computed()
-        if not value.is_contiguous():
+        if not value.is_contiguous() and not self._strided:
             value = self._value = value.contiguous()
         return value
 
     def codes(self, grid: Grid) -> torch.Tensor:
         """The values as codes on ``grid``, without a detour over floats where the kernel can store codes itself."""
-        if self._value is not None or self.floats_wanted():
+        if self._grid is not None and self._parent is not None and same(self._grid, grid):
+            return self._parent.codes(self._grid)
+        if self._value is not None or self._grid is not None or self.floats_wanted():
             return grid.codes(self.computed())
         if self._parent is not None and self._move is not None:
             return self._move(self._parent.codes(grid))
@@ -140,9 +150,22 @@ class Deferred(torch.Tensor):
             source = source._parent
         return source._value is not None or (source._product is not None and source._product.layer.float_first)
 
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> "Deferred":
-        """The result of a data-movement operator on this tensor, floats or codes alike."""
-        child = Deferred(None, shape, parent=self, move=move, dtype=self.dtype)
+    def moved(
+        self, move: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, strided: bool = False
+    ) -> "Deferred":
+        """The result of a data-movement operator on this tensor, floats or codes alike.
+
+        ``strided`` says that torch's own result would not be contiguous.
+        """
+        strided = strided or self._strided
+        return self._remember(Deferred(None, shape, parent=self, move=move, dtype=self.dtype, strided=strided))
+
+    def rounded(self, grid: Grid) -> "Deferred":
+        """This tensor with its values on ``grid``: what a quantizer outside of an integer layer asks for."""
+        strided = self._strided
+        return self._remember(Deferred(None, self.shape, parent=self, dtype=self.dtype, grid=grid, strided=strided))
+
+    def _remember(self, child: "Deferred") -> "Deferred":
         self._children = [*(self._children or ()), weakref.ref(child)]
         return child
 
@@ -212,6 +235,14 @@ def call_with_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         args[0].settle()
     result = func(*(plain(arg) for arg in args), **{name: plain(arg) for name, arg in kwargs.items()})
     return originals.get(id(result), result) if isinstance(result, torch.Tensor) else result
+
+
+def same(a: Grid, b: Grid) -> bool:
+    """Whether codes on one grid are codes on the other."""
+    if a is b:
+        return True
+    plain = a.inverse_smoothing is None and b.inverse_smoothing is None
+    return plain and (a.scale, a.zero_point, a.highest) == (b.scale, b.zero_point, b.highest)
 
 
 def _in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -181,6 +181,23 @@ def _reshape(func: Any, input: Any, *shape: Any) -> Any:
     return _move(input, lambda x: _contiguous(x).reshape(full), full)
 
 
+@rule(Tensor.transpose, torch.transpose, Tensor.swapaxes)
+def _transpose(func: Any, input: Any, dim0: int, dim1: int) -> Any:
+    if type(input) is not Deferred:
+        return NotImplemented
+    order = list(range(input.dim()))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _move(input, lambda x: x.permute(order), tuple(input.shape[dim] for dim in order), strided=True)
+
+
+@rule(Tensor.permute, torch.permute)
+def _permute(func: Any, input: Any, *dims: Any) -> Any:
+    order = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else list(dims)
+    if type(input) is not Deferred or not all(type(dim) is int for dim in order):
+        return NotImplemented
+    return _move(input, lambda x: x.permute(order), tuple(input.shape[dim] for dim in order), strided=True)
+
+
 @rule(F.max_pool2d, torch.max_pool2d)
 def _max_pool2d(
     func: Any,
@@ -218,10 +235,10 @@ def _contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
-def _move(input: Any, move: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Any:
+def _move(input: Any, move: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, strided: bool = False) -> Any:
     if type(input) is not Deferred or input._value is not None:
         return NotImplemented
-    return input.moved(move, shape)
+    return input.moved(move, shape, strided=strided)
 
 
 # ---------------------------------------------------------------- elementwise in whatever layout the value has

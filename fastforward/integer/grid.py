@@ -65,7 +65,7 @@ class Grid:
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the real values of codes, float32, without undoing the smoothing."""
-        return (codes.float() - self.zero_point) * self.scale
+        return torch.sub(codes, float(self.zero_point)).mul_(self.scale)
 
     def key(self) -> tuple[Any, ...]:
         """Equal keys mean equal codes for equal inputs."""
@@ -134,6 +134,11 @@ def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tens
     quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     codes = torch.empty(0, dtype=torch.uint8)
     return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
+
+
+def quantize_dequantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Round float32 ``x`` to the values of an 8-bit grid."""
+    return torch.quantize_per_tensor(x.detach(), grid.scale, grid.zero_point, torch.quint8).dequantize()
 
 
 def _version(x: torch.Tensor) -> int:

@@ -25,7 +25,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     channels_first = False
     _packed: torch.Tensor | None
     _float_weight: torch.Tensor | None
-    _kernels: dict[int, str]
+    _kernels: dict[tuple[int, bool], str]
     backend: str
     measures: bool
 
@@ -54,7 +54,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
         if torch.compiler.is_compiling():
             return self._traced(input)
-        if self._kernels.get(input.numel() // self.in_features) == "float":
+        if self._kernels.get((input.numel() // self.in_features, False)) == "float":
             return torch.nn.functional.linear(input, self._dense(input.dtype), self.bias)
         codes = self.codes(input)
         if self.defers:
@@ -70,8 +70,8 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     def compute(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None
     ) -> torch.Tensor:
-        rows = codes.numel() // self.in_features
-        kernel = self._kernels.get(rows) or self._choose(rows, codes)
+        use = (codes.numel() // self.in_features, out is not None)
+        kernel = self._kernels.get(use) or self._choose(use, codes, epilogue, activation, out)
         return self._run(kernel, codes, epilogue, activation, out)
 
     def _run(
@@ -89,29 +89,41 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         self.backend, self.measures = backend, measure
         self._kernels = {}
 
-    def _choose(self, rows: int, codes: torch.Tensor) -> str:
+    def _choose(
+        self, use: tuple[int, bool], codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
+    ) -> str:
+        """Pick the kernel for so many rows and a result in floats or codes."""
         if self.backend != "auto":
             kernel = self.backend
         elif not onednn.has_onednn():
             kernel = "int_mm"
         elif self.measures:
-            kernel = fastest(self._candidates(codes))
+            kernel = fastest(self._candidates(codes, epilogue, activation, out))
         else:
-            kernel = "int_mm" if rows <= onednn.SMALL_ROWS else "onednn"
-        self._kernels[rows] = self.record.kernel = kernel
+            kernel = "int_mm" if use[0] <= onednn.SMALL_ROWS else "onednn"
+        self._kernels[use] = self.record.kernel = kernel
         return "int_mm" if kernel == "float" else kernel
 
-    def _candidates(self, codes: torch.Tensor) -> dict[str, Callable[[], Any]]:
-        """What a call from floats to floats costs with each kernel, and without integers."""
+    def _candidates(
+        self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
+    ) -> dict[str, Callable[[], Any]]:
+        """What a call costs with each kernel and, from floats to floats, without integers."""
+
+        def integer(kernel: str) -> Callable[[], Any]:
+            return lambda: self._run(kernel, codes, epilogue, activation, out)
+
+        candidates = {kernel: integer(kernel) for kernel in ("onednn", "int_mm")}
+        if out is not None or self.record.source != "float32":
+            return candidates
         x = self.grid.values(codes)
         dense = self._dense(x.dtype)
         self._float_weight = None
 
-        def integer(kernel: str) -> Callable[[], Any]:
-            return lambda: self._run(kernel, self.grid.fresh_codes(x), self.epilogue, NO_ACTIVATION, None)
+        def quantizing(run: Callable[[], Any]) -> Callable[[], Any]:
+            return lambda: (self.grid.fresh_codes(x), run())
 
-        kernels = {kernel: integer(kernel) for kernel in ("onednn", "int_mm")}
-        return {**kernels, "float": lambda: torch.nn.functional.linear(x, dense, self.bias)}
+        integers = {kernel: quantizing(run) for kernel, run in candidates.items()}
+        return {**integers, "float": lambda: activation.apply(torch.nn.functional.linear(x, dense, self.bias))}
 
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as floats, kept: for layers so small that integers lose."""
