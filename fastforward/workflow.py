@@ -20,7 +20,7 @@ from fastforward.calibration.flow import Flow, eager, in_eval_mode
 from fastforward.calibration.recorder import FlowRecorder
 from fastforward.calibration.samples import Samples
 from fastforward.calibration.undo import Undo
-from fastforward.diagnostics.coverage import Coverage, measure
+from fastforward.diagnostics.covering import Coverage, measure, unreached
 from fastforward.exceptions import CalibrationError, QuantizationError, QuantizationWarning
 from fastforward.nn.conversion import dequantize_model, quantize_model
 from fastforward.nn.linear import QuantizedLinear
@@ -86,14 +86,16 @@ def quantize(
     try:
         _add_stubs(model, operator_table, replacement_patterns, undo)
         with in_eval_mode(model), eager():
-            _Calibration(model, batches, chosen, observer, progress, undo, operator_table).run()
-            coverage = _summary(model, batches, chosen.name, progress)
+            flow = _Calibration(model, batches, chosen, observer, progress, undo, operator_table).run()
+            never = unreached(model, flow)
+            if progress:
+                print(_summary(model, batches, never).summary(chosen.name))
         if convert:
             _convert(model, batches)
     except BaseException:
         undo.roll_back()
         raise
-    _warn_unreached(coverage)
+    _warn_unreached(never)
     return model_in
 
 
@@ -109,8 +111,8 @@ class _Calibration:
     undo: Undo
     table: Any
 
-    def run(self) -> None:
-        """All steps from the recorded run to the last correction."""
+    def run(self) -> Flow:
+        """All steps from the recorded run to the last correction; returns that run."""
         flow, samples = self._record()
         if "fold_batch_norm" in self.scheme.steps and calibration_steps.fold_batch_norms(self.model, flow, self.undo):
             flow, samples = self._record()
@@ -124,6 +126,7 @@ class _Calibration:
             calibration_steps.refine_linears(self.model, flow, samples, self.scheme.steps, self.undo)
         if "correct_bias" in self.scheme.steps:
             calibration_steps.correct_conv_biases(self.model, flow, samples, self.undo)
+        return flow
 
     def _record(self) -> tuple[Flow, Samples]:
         samples = Samples(len(self.batches))
@@ -207,11 +210,8 @@ def _nothing_quantized(
     return QuantizationError(msg)
 
 
-def _summary(model: torch.nn.Module, batches: Batches, scheme: str, progress: bool) -> Coverage:
-    coverage = measure(model, lambda: batches.run_first(model))
-    if progress:
-        print(coverage.summary(scheme))
-    return coverage
+def _summary(model: torch.nn.Module, batches: Batches, never: tuple[str, ...]) -> Coverage:
+    return dataclasses.replace(measure(model, lambda: batches.run_first(model)), unreached=never)
 
 
 def _convert(model: torch.nn.Module, batches: Batches) -> None:
@@ -222,9 +222,8 @@ def _convert(model: torch.nn.Module, batches: Batches) -> None:
         convert(model, example_inputs=example)
 
 
-def _warn_unreached(coverage: Coverage) -> None:
-    if coverage.unreached:
-        shown = ", ".join(coverage.unreached[:10])
-        more = f" and {len(coverage.unreached) - 10} more" if len(coverage.unreached) > 10 else ""
-        msg = f"calibration never reached {shown}{more}: they stay float. Add data that does, or leave them so"
+def _warn_unreached(sites: Sequence[str]) -> None:
+    if sites:
+        more = f" and {len(sites) - 10} more" if len(sites) > 10 else ""
+        msg = f"calibration never reached {', '.join(sites[:10])}{more}: they stay float. Add data that does, or leave them so"
         warnings.warn(msg, QuantizationWarning, stacklevel=3)

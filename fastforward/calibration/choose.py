@@ -25,6 +25,8 @@ Judge = Callable[[Sequence[Callable[[Tensor], Tensor]]], int]
 MARGIN = 0.95
 """A later candidate replaces an earlier one only if it lowers the error below this share: ranges that clip look better on
 the data they were made from than on any other."""
+_JUDGED_ROWS = 128
+"""Rows of each sampled call of a linear layer that errors are measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +43,20 @@ class Use:
     argument: str
     smoothing: Tensor | None = None
 
-    def error(self, quantize: Callable[[Tensor], Tensor]) -> float:
-        """Relative squared error of the operator's output when this operand is quantized."""
-        error = reference = 0.0
+    def errors(self, candidates: Sequence[Callable[[Tensor], Tensor]]) -> list[float]:
+        """Relative squared error of the operator's output, when this operand is quantized by each of the candidates."""
+        errors, reference = [0.0] * len(candidates), 0.0
         for call in self.calls:
+            call = call.thinned(_JUDGED_ROWS)
             exact = call.run()
-            x = call.arguments[self.argument]
-            quantized = quantize(x) if self.smoothing is None else quantize(x / self.smoothing) * self.smoothing
-            error += _squared(call.run(**{self.argument: quantized}) - exact)
             reference += _squared(exact)
-        return error / reference if reference else 0.0
+            for number, quantize in enumerate(candidates):
+                errors[number] += _squared(call.run(**{self.argument: self._through(quantize, call)}) - exact)
+        return [error / reference if reference else 0.0 for error in errors]
+
+    def _through(self, quantize: Callable[[Tensor], Tensor], call: SampledCall) -> Tensor:
+        x: Tensor = call.arguments[self.argument]
+        return quantize(x) if self.smoothing is None else quantize(x / self.smoothing) * self.smoothing
 
 
 class Candidates(Observer):
@@ -121,7 +127,7 @@ def automatic(
             return MeanSquaredError() if few_bits else MinMax()
         if name not in uses or not isinstance(quantizer, RangeSettable) or not isinstance(quantizer.granularity, PerTensor):
             return MinMax()
-        return Candidates((MinMax(), Percentile(99.99), Histogram(method="mse")), _judge(uses[name]))
+        return Candidates((MinMax(), Percentile(99.99), Histogram(method="mse", candidates=32)), _judge(uses[name]))
 
     return make
 
@@ -143,11 +149,11 @@ def uses_by_quantizer(flow: Flow, samples: Samples, smoothing: Mapping[str, Tens
 
 def _judge(uses: Sequence[Use]) -> Judge:
     def best(candidates: Sequence[Callable[[Tensor], Tensor]]) -> int:
-        found, least = 0, float("inf")
-        for number, quantize in enumerate(candidates):
-            error = sum(use.error(quantize) for use in uses)
-            if error < least * (MARGIN if number else 1.0):
-                found, least = number, error
+        errors = [sum(each) for each in zip(*(use.errors(candidates) for use in uses), strict=True)]
+        found = 0
+        for number, error in enumerate(errors):
+            if error < errors[found] * MARGIN:
+                found = number
         return found
 
     return best

@@ -38,6 +38,14 @@ class SampledCall:
         return result
 
 
+    def thinned(self, rows: int) -> "SampledCall":
+        """The same call of a linear layer with at most ``rows`` rows; of other operators, the call itself."""
+        x = self.arguments["input"] if self.operator.identifier == "linear" else None
+        if x is None or x.shape[0] <= rows:
+            return self
+        return SampledCall(self.operator, {**self.arguments, "input": x[:: -(-x.shape[0] // rows)]})
+
+
 class Samples:
     """Collects calls while a :class:`~fastforward.calibration.recorder.FlowRecorder` records.
 

@@ -22,7 +22,7 @@ from fastforward.quantization.granularity import PerTensor, blocked, min_max
 
 STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FOLDS = 4
-SEARCH_ROWS = 512
+SEARCH_ROWS = 384
 _SMALLEST = 1e-5
 
 

@@ -4,11 +4,11 @@ import importlib
 from typing import Any
 
 _NAMES = {
-    "Coverage": "coverage",
-    "coverage": "coverage",
+    "Coverage": "covering",
+    "coverage": "covering",
     "sqnr": "metrics",
-    "sensitivity": "sensitivity",
-    "report": "report",
+    "sensitivity": "sensitivities",
+    "report": "reporting",
 }
 
 __all__ = sorted(_NAMES)

@@ -17,6 +17,7 @@ from fastforward.diagnostics.table import html_table, text_table
 from fastforward.exceptions import QuantizationError
 from fastforward.integer.embedding import IntegerEmbedding
 from fastforward.integer.layer import IntegerLayer
+from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.scheme import REASON
 
@@ -165,6 +166,8 @@ def from_flow(model: torch.nn.Module, flow: Flow) -> Coverage:
     outside = {site.number for site in flow.outside}
     rows = []
     for site in flow.sites:
+        if not site.multiplies and isinstance(modules.get(site.module), QuantizedLinear):
+            continue  # the multiplication by the layer's own smoothing
         mode, reason = _state(site, modules, site.number in outside)
         rows.append(CoverageRow(site.operator, site.module, site.place, mode, reason, site.macs, site.macs / total))
     return Coverage(tuple(rows), unreached(model, flow))
