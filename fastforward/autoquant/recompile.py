@@ -192,6 +192,8 @@ class Engine:
         """Whether a call of the known object ``target`` needs a look at run time."""
         if isinstance(target, types.FunctionType) and self.kind(target) != "plain":
             return "call"
+        if is_autograd_function(target):
+            return "call"
         if target is torch.backends.mha.get_fastpath_enabled:
             return "call"
         if isinstance(target, (types.FunctionType, types.BuiltinFunctionType, type)):
@@ -274,6 +276,12 @@ class Engine:
         copy.__qualname__, copy.__doc__, copy.__module__ = function.__qualname__, function.__doc__, function.__module__
         copy.__annotations__ = function.__annotations__
         return copy
+
+
+def is_autograd_function(target: Any) -> bool:
+    """Whether ``target`` is the ``apply`` of a user's ``torch.autograd.Function``."""
+    owner = getattr(target, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 def may_hold_sites(code: types.CodeType, table: OperatorTable) -> bool:

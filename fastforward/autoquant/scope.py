@@ -137,6 +137,9 @@ class Scope:
     def resolve(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Find out what ``function`` is, and call it accordingly."""
         kind = type(function)
+        me = getattr(function, "__self__", None)
+        if isinstance(me, type) and issubclass(me, torch.autograd.Function):
+            return self._operator(number, self.engine.autograd_operator(me), function, args, kwargs)
         if kind is types.BuiltinFunctionType:
             return self._builtin(number, function, args, kwargs)
         if kind is types.FunctionType:
@@ -189,8 +192,6 @@ class Scope:
         if isinstance(me, torch.Tensor):
             found = self.engine.table.find_method(function.__name__)
             return method(*args, **kwargs) if found is None else self._operator(number, found, method, args, kwargs)
-        if isinstance(me, type) and issubclass(me, torch.autograd.Function):
-            return self._operator(number, self.engine.autograd_operator(me), method, args, kwargs)
         if self.engine.kind(function) != "helper":
             return method(*args, **kwargs)
         if hasattr(me, "_ff_add_stub") and me is not self.owner:
