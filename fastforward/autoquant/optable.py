@@ -32,7 +32,8 @@ _TOKEN_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
     ">>": ("rshift", "irshift"), "unary -": ("neg",), "unary +": ("pos",), "unary ~": ("invert", "inv"),
     "==": ("eq",), "!=": ("ne",), "<": ("lt",), "<=": ("le",), ">": ("gt",), ">=": ("ge",),
 }  # fmt: skip
-_HOMES = ("torch.nn.functional", "torch", "torch.linalg", "torch.special", "torch.fft", "torch.functional", "torch._VF")
+_MODULES = ("torch.nn.functional", "torch", "torch.linalg", "torch.special", "torch.fft", "torch.functional", "torch._VF")
+_HOMES = (*_MODULES, "torch.Tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,8 +353,10 @@ def qualified_name(function: Callable[..., Any]) -> str:
         return "torch.ops." + packet.replace("::", ".")
     name = getattr(function, "__name__", "")
     for home in _HOMES:
-        if name and getattr(_namespace(home), name, None) is function:
-            return f"{home}.{name}"
+        prefix = home.rpartition(".")[2] + "_"  # torch.fft.rfft calls itself fft_rfft
+        for public in dict.fromkeys((name, name.removeprefix(prefix))):
+            if public and getattr(_namespace(home), public, None) is function:
+                return f"{home}.{public}"
     owner = getattr(function, "__objclass__", None)  # a method of a C class has no __module__
     home = getattr(function, "__module__", None) or (owner.__module__ if owner else "builtins")
     return f"{home}.{getattr(function, '__qualname__', name)}"
@@ -363,7 +366,7 @@ def _namespace(name: str) -> Any:
     module = sys.modules.get(name)
     if module is not None:
         return module
-    if name.partition(".")[0] in ("torch", "builtins", "operator") and name in (*_HOMES, "torch", "builtins"):
+    if name in (*_MODULES, "builtins"):
         return importlib.import_module(name)
     owner, _, attribute = name.rpartition(".")
     return getattr(_namespace(owner), attribute, None) if owner else None

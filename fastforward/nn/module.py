@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from fastforward.exceptions import QuantizationError
 from fastforward.nn.quantizer import Quantizer
+from fastforward.nn.stub_roles import describe_by_name
 
 _module_map: dict[type[torch.nn.Module], type["QuantizedModule"]] = {}
 
@@ -100,6 +101,7 @@ class QuantizedModule(torch.nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Quantizer):
+            describe_by_name(name, value)
             object.__setattr__(self, name, value)
             self._quantizers_changed()
         else:
