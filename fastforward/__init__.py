@@ -66,10 +66,10 @@ _NAMES = {
     "save_quantization": "fastforward.state",
     "load_quantization": "fastforward.state",
     # seeing
-    "coverage": "fastforward.diagnostics.coverage",
-    "sensitivity": "fastforward.diagnostics.sensitivity",
-    "sqnr": "fastforward.diagnostics.metrics",
-    "report": "fastforward.diagnostics.report",
+    "coverage": "fastforward.diagnostics",
+    "sensitivity": "fastforward.diagnostics",
+    "sqnr": "fastforward.diagnostics",
+    "report": "fastforward.diagnostics",
     "QuantizationWarning": "fastforward.exceptions",
 }
 
