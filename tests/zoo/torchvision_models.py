@@ -98,7 +98,7 @@ def _maxvit() -> torch.nn.Module:
 
 def _mvit() -> torch.nn.Module:
     block: Any = partial(video.mvit.MSBlockConfig, kernel_q=[3, 3, 3], kernel_kv=[3, 3, 3], stride_kv=[1, 2, 2])
-    setting = [block(1, 16, 32, stride_q=[]), block(2, 32, 32, stride_q=[1, 2, 2])]
+    setting = [block(1, 16, 32, stride_q=[1, 1, 1]), block(2, 32, 32, stride_q=[1, 2, 2])]
     return video.MViT((32, 32), 4, setting, True, False, True, False)
 
 
