@@ -270,12 +270,12 @@ def sqnr(reference, other):
     return 20 * torch.log10(reference.norm() / (reference - other).norm()).item()
 
 
-def run_in_one_call(dtype, seed=0, rows=256, device="cpu"):
-    """The same result in one call: observers, ranges and integers are the library's business."""
+def run_in_one_call(dtype, seed=0, calibration_rows=26, rows=256, device="cpu"):
+    """The same in one call: observers, ranges and integers are the library's business."""
     torch.manual_seed(seed)
     m = ToyLinearModel().eval().to(dtype).to(device)
     m_float = copy.deepcopy(m)
-    data = [m.example_inputs(dtype=dtype, device=device) for _ in range(10)]
+    data = [m.example_inputs(calibration_rows, dtype=dtype, device=device) for _ in range(10)]
     ff.quantize(m, data, scheme="w8a8", convert=True, progress=False)
     (x,) = m_float.example_inputs(batch_size=rows, dtype=dtype, device=device)
     with torch.no_grad():

@@ -2,18 +2,26 @@
 
 With ``x = (xq - zx) * sx`` and ``w = (wq - zw) * sw`` a dot product over ``K`` elements is
 ``sx * sw * (sum(xq * wq) - zw * sum(xq) - zx * sum(wq) + K * zx * zw)``; the bracket is exact in integers.
+
+In eager mode the kernels do all of it; under ``torch.compile`` it is written out, so that the compiler fuses what
+follows the product. Both compute the same bits.
 """
 
 import dataclasses
 from typing import Any
 
+import fastforward_kernels as kernels
 import torch
 import torch.nn.functional as F
+from fastforward_kernels.packing import PackCache
 from torch import Tensor
 
+from fastforward.quantization.mapping import FLOAT8_DTYPES
 from fastforward.quantization.tensor import QuantizedTensor, implements_function, implements_operator, plain
 
 aten = torch.ops.aten
+PACKS = PackCache()
+BYTES = (torch.int8, torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Factor:
 
     def times(self, other: "Factor") -> Tensor:
         """Return the float32 product with the transpose of ``other``."""
-        return self.products(other).to(torch.float32) * (self.scale * other.scale.t())
+        return self.products(other).to(torch.float32) * self.scale * other.scale.t()
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -61,8 +69,7 @@ def integer_factor(x: QuantizedTensor) -> Factor | None:
 
     None if its values are no bytes, or a row has several scales.
     """
-    whole_rows = x.is_per_tensor() or x.block_size[-1] == x.shape[-1]
-    if x.dim() == 0 or not whole_rows or x.int_data.dtype not in (torch.int8, torch.uint8):
+    if not has_whole_rows(x) or x.int_data.dtype not in BYTES:
         return None
     values = x.int_data.reshape(-1, x.shape[-1])
     scale = _per_row(x, x.scale).to(torch.float32)
@@ -70,6 +77,11 @@ def integer_factor(x: QuantizedTensor) -> Factor | None:
     if values.dtype == torch.uint8:
         values, zero_point = (values ^ 128).view(torch.int8), zero_point - 128
     return Factor(values, scale, zero_point.to(torch.int32))
+
+
+def has_whole_rows(x: QuantizedTensor) -> bool:
+    """Return whether every vector along the last axis has one scale."""
+    return x.dim() > 0 and (x.is_per_tensor() or x.block_size[-1] == x.shape[-1])
 
 
 def _per_row(x: QuantizedTensor, parameter: Tensor) -> Tensor:
@@ -87,11 +99,40 @@ def _per_row(x: QuantizedTensor, parameter: Tensor) -> Tensor:
 def quantized_linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` for quantized operands: in integers where both have whole rows per block, else dequantized."""
     if isinstance(input, QuantizedTensor) and isinstance(weight, QuantizedTensor):
+        out = _kernel_linear(input, weight, plain(bias))
+        if out is not None:
+            return out
         product = _grouped_product(input, weight)
         if product is not None:
             out = product.reshape(*input.shape[:-1], weight.shape[0])
             return (out if bias is None else out + plain(bias)).to(input.dtype)
     return F.linear(plain(input), plain(weight), plain(bias))
+
+
+def _kernel_linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+    """Return what the kernel makes of it; None where there is none, or a compiler is to see the parts."""
+    if torch.compiler.is_compiling() or weight.dim() != 2 or not (has_whole_rows(x) and has_whole_rows(weight)):
+        return None
+    bias = None if bias is None else bias.to(torch.float32)
+    scale = _per_row(x, x.scale).to(torch.float32).reshape(-1)
+    kinds = (x.int_data.dtype, weight.int_data.dtype)
+    if all(kind in BYTES for kind in kinds):
+        packed = PACKS.get(weight.int_data, "linear", lambda: _packed(weight, kernels.pack_linear_weight))
+        return kernels.int8_linear(x.int_data, scale, _integers(x), packed, bias=bias, out_dtype=x.dtype)
+    if all(kind in FLOAT8_DTYPES for kind in kinds) and x.zero_point is None and weight.zero_point is None:
+        weight_scale = _per_row(weight, weight.scale).to(torch.float32).reshape(-1)
+        return kernels.float8_linear(x.int_data, scale, weight.int_data, weight_scale, bias, x.dtype)
+    return None
+
+
+def _packed(weight: QuantizedTensor, pack: Any) -> Any:
+    zero_point = None if weight.zero_point is None else weight.zero_point.to(torch.int32)
+    return pack(weight.int_data, weight.scale, zero_point)
+
+
+def _integers(x: QuantizedTensor) -> Tensor | None:
+    """Return the zero points of the rows of ``x`` as the kernels take them."""
+    return None if x.zero_point is None else _per_row(x, x.zero_point).to(torch.int32).reshape(-1)
 
 
 def _grouped_product(x: QuantizedTensor, weight: QuantizedTensor) -> Tensor | None:
@@ -122,6 +163,10 @@ def quantized_matmul(a: Any, b: Any) -> Tensor:
         return quantized_linear(a, b.t())
     if a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2]:
         return torch.matmul(plain(a), plain(b))
+    simple = a.is_per_tensor() and b.is_per_tensor() and {a.int_data.dtype, b.int_data.dtype} <= set(BYTES)
+    if simple and not torch.compiler.is_compiling():
+        factors = [part for x in (a, b) for part in (x.int_data, x.scale.to(torch.float32), _integers(x))]
+        return kernels.int8_matmul(*factors, out_dtype=a.dtype)
     products = [quantized_matmul(x, y) for x, y in zip(a.unbind(0), b.unbind(0), strict=True)]
     return torch.stack(products)
 
@@ -145,9 +190,14 @@ def quantized_conv2d(
     if not (isinstance(input, QuantizedTensor) and isinstance(weight, QuantizedTensor) and numeric):
         return F.conv2d(plain(input), plain(weight), plain(bias), stride, padding, dilation, groups)
     rows: Any = weight.reshape(weight.shape[0], -1)
-    kernel = integer_factor(rows)
-    if kernel is None or not input.is_per_tensor() or integer_factor(input) is None or input.dim() != 4:
+    kernel = integer_factor(rows) if isinstance(rows, QuantizedTensor) else None
+    if kernel is None or not input.is_per_tensor() or input.int_data.dtype not in BYTES or input.dim() != 4:
         return F.conv2d(plain(input), plain(weight), plain(bias), stride, padding, dilation, groups)
+    if not torch.compiler.is_compiling():
+        packed = PACKS.get(weight.int_data, "conv", lambda: _packed(weight, kernels.pack_conv_weight))
+        if packed.zero_point is None:  # with zero points the kernel would multiply in float64
+            geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
+            return _kernel_conv(input, packed, bias, geometry)
     pixels = _padded(input, _pair(padding))
     patches, size = image_patches(pixels, weight.shape[2:], _pair(stride), _pair(dilation), groups)
     data = integer_factor(input)
@@ -160,6 +210,22 @@ def quantized_conv2d(
     if bias is not None:
         out = out + plain(bias).reshape(1, -1, 1, 1)
     return out.to(input.dtype)
+
+
+def _kernel_conv(x: QuantizedTensor, packed: Any, bias: Any, geometry: tuple[Any, Any, Any, int]) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return kernels.int8_conv(
+        x.int_data,
+        x.scale.to(torch.float32),
+        _integers(x),
+        packed,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=None if bias is None else plain(bias).to(torch.float32),
+        out_dtype=x.dtype,
+    )
 
 
 def _padded(x: QuantizedTensor, padding: tuple[int, int]) -> Tensor:

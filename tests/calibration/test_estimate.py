@@ -74,7 +74,14 @@ def test_arguments_go_to_the_class():
     assert quantizer.quantization_range[0] == pytest.approx(-2.0, rel=0.01)
 
 
-@pytest.mark.parametrize("target", [lambda b: [b], lambda b: [b.input_quantizer, b.weight_quantizer], lambda b: {"in": b.input_quantizer, "w": b.weight_quantizer}])
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda b: [b],
+        lambda b: [b.input_quantizer, b.weight_quantizer],
+        lambda b: {"in": b.input_quantizer, "w": b.weight_quantizer},
+    ],
+)
 def test_forms_of_the_target(target):
     block = Block()
     with ff.estimate_ranges(target(block)):
@@ -83,7 +90,15 @@ def test_forms_of_the_target(target):
     assert block.weight_quantizer.is_calibrated
 
 
-@pytest.mark.parametrize(("observer", "arguments", "error"), [(MinMax(), {"bins": 3}, ValueError), (3, {}, TypeError), (MinMax, {"missing": "no"}, ValueError), (MinMax, {"bins": 3}, TypeError)])
+@pytest.mark.parametrize(
+    ("observer", "arguments", "error"),
+    [
+        (MinMax(), {"bins": 3}, ValueError),
+        (3, {}, TypeError),
+        (MinMax, {"missing": "no"}, ValueError),
+        (MinMax, {"bins": 3}, TypeError),
+    ],
+)
 def test_bad_arguments(observer, arguments, error):
     with pytest.raises(error), ff.estimate_ranges(Block(), observer, **arguments):
         pass
@@ -124,7 +139,12 @@ def test_nan_is_refused_where_it_occurs(bad):
     block, x = Block(), randn(2, 8)
     block.input_quantizer.quant_metadata = QuantizerMetadata(("activation/input",), "matmul", "input", "model.py", 31)
     x[0, 0] = bad
-    with pytest.raises(CalibrationError, match=r"input_quantizer \(activation/input of matmul\(input\) at model.py:31\)"), ff.estimate_ranges(block):
+    with (
+        pytest.raises(
+            CalibrationError, match=r"input_quantizer \(activation/input of matmul\(input\) at model.py:31\)"
+        ),
+        ff.estimate_ranges(block),
+    ):
         block(x)
     assert not block.input_quantizer.overrides
     assert not block.weight_quantizer.is_calibrated
@@ -132,7 +152,10 @@ def test_nan_is_refused_where_it_occurs(bad):
 
 def test_no_data_is_an_error():
     block = Block()
-    with pytest.raises(CalibrationError, match="no floating tensor reached input_quantizer, weight_quantizer"), ff.estimate_ranges(block):
+    with (
+        pytest.raises(CalibrationError, match="no floating tensor reached input_quantizer, weight_quantizer"),
+        ff.estimate_ranges(block),
+    ):
         pass
     with pytest.raises(CalibrationError, match="no floating tensor"), ff.estimate_ranges(block.input_quantizer):
         block.input_quantizer(torch.tensor([1, 2]))
@@ -164,7 +187,10 @@ def test_nesting_is_refused_and_leaves_the_outer_block_intact():
     quantizer = LinearQuantizer(8, symmetric=False)
     with ff.estimate_ranges(quantizer):
         quantizer(torch.tensor([-1.0, 1.0]))
-        with pytest.raises(CalibrationError, match="observed already"), ff.estimate_ranges([LinearQuantizer(4), quantizer]):
+        with (
+            pytest.raises(CalibrationError, match="observed already"),
+            ff.estimate_ranges([LinearQuantizer(4), quantizer]),
+        ):
             pass
         quantizer(torch.tensor([3.0]))
     assert quantizer.quantization_range[1] == pytest.approx(3.0, rel=0.01)

@@ -396,7 +396,9 @@ def test_torchao_arguments():
     assert scale.flatten().tolist() == [0.5, 2.0]
     assert (scale.shape, scale.dtype, zero_point.dtype) == ((2, 1), torch.float64, torch.float32)
     assert zero_point.flatten().tolist() == [1.0, 151.0]
-    plain = obs.AffineQuantizedMinMaxObserver(MappingType.SYMMETRIC, torch.int8, PerTensor(), zero_point_domain=ZeroPointDomain.NONE)
+    plain = obs.AffineQuantizedMinMaxObserver(
+        MappingType.SYMMETRIC, torch.int8, PerTensor(), zero_point_domain=ZeroPointDomain.NONE
+    )
     plain(torch.ones(2))
     assert plain.calculate_qparams()[1] is None
     floating = obs.AffineQuantizedMinMaxObserver(

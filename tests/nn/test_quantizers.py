@@ -410,7 +410,9 @@ def test_block_format_quantizer():
         quantizer.quantize(torch.ones(2))
 
 
-@pytest.mark.parametrize("quantizer", [calibrated(), calibrated().learn_range(), Float8Quantizer(), QuantizerStub("activation")])
+@pytest.mark.parametrize(
+    "quantizer", [calibrated(), calibrated().learn_range(), Float8Quantizer(), QuantizerStub("activation")]
+)
 def test_reprs_are_short(quantizer):
     assert isinstance(quantizer, Quantizer)
     assert len(repr(quantizer)) < 150

@@ -6,7 +6,15 @@ import torch
 from fastforward.quantization import affine
 from fastforward.quantization.granularity import PerChannel, PerGroup, PerTensor, PerTile, PerToken
 
-GRANULARITIES = [PerTensor(), PerChannel(0), PerChannel(1), PerChannel((0, 1)), PerGroup(4), PerTile((2, 4)), PerToken()]
+GRANULARITIES = [
+    PerTensor(),
+    PerChannel(0),
+    PerChannel(1),
+    PerChannel((0, 1)),
+    PerGroup(4),
+    PerTile((2, 4)),
+    PerToken(),
+]
 FORMATS = [(bits, symmetric) for bits in (1, 2, 3, 4, 8, 16) for symmetric in (True, False)]
 
 

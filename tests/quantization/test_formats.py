@@ -66,7 +66,13 @@ def mx_block(block, values, emax):
 
 @pytest.mark.parametrize(
     ("name", "element", "emax"),
-    [("mxfp8", "e4m3", 8), ("mxfp8_e5m2", "e5m2", 15), ("mxfp6_e2m3", "e2m3", 2), ("mxfp6_e3m2", "e3m2", 4), ("mxfp4", "e2m1", 2)],
+    [
+        ("mxfp8", "e4m3", 8),
+        ("mxfp8_e5m2", "e5m2", 15),
+        ("mxfp6_e2m3", "e2m3", 2),
+        ("mxfp6_e3m2", "e3m2", 4),
+        ("mxfp4", "e2m1", 2),
+    ],
 )
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
 def test_mx_formats(name, element, emax, scale):
@@ -149,7 +155,9 @@ def test_float8_grid_and_kernel_agree(dtype, granularity):
     scale, zero_point = grid.parameters_for_range(*min_max(x, granularity))
     assert not zero_point.any()
     got = fake_quantize_float8(x, scale, dtype, granularity)
-    spread = torch.ones_like(x) * (scale if scale.dim() == 0 else scale.repeat_interleave(x.numel() // scale.numel()).reshape(x.shape))
+    spread = torch.ones_like(x) * (
+        scale if scale.dim() == 0 else scale.repeat_interleave(x.numel() // scale.numel()).reshape(x.shape)
+    )
     assert torch.equal(got, grid.round(x, spread, zero_point.new_zeros(())))
     assert (got - x).abs().max() <= x.abs().max() / 8
     assert torch.isfinite(fake_quantize_float8(x * 1e6, scale, dtype, granularity)).all()

@@ -6,7 +6,6 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
 from fastforward.exceptions import QuantizationError
@@ -18,22 +17,18 @@ from fastforward.quantization.tensor import QuantizedTensor
 FLOAT_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "_scaled_mm", "mv", "dot")
 
 
-class Products(TorchDispatchMode):
-    """Collects the matrix products and convolutions whose operands are floating."""
+class Products:
+    """Collects matrix products and convolutions, those inside the kernels too."""
 
-    def __init__(self):
-        super().__init__()
-        self.floating = []
-        self.integer = []
+    def __enter__(self):
+        self.profile = torch.autograd.profiler.profile().__enter__()
+        return self
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        if name in FLOAT_PRODUCTS and all(t.is_floating_point() for t in tensors):
-            self.floating.append(name)
-        elif name == "_int_mm":
-            self.integer.append(name)
-        return func(*args, **(kwargs or {}))
+    def __exit__(self, *exc_info):
+        self.profile.__exit__(*exc_info)
+        names = [event.name for event in self.profile.function_events]
+        self.floating = [name for name in names if name.removeprefix("aten::") in FLOAT_PRODUCTS]
+        self.integer = [name for name in names if name == "aten::_int_mm" or name.startswith("onednn::q")]
 
 
 def quantized(x, dtype=torch.int8, block_size=None, mapping=MappingType.ASYMMETRIC):
@@ -65,7 +60,10 @@ def test_values_lie_within_a_step(dtype, block_size):
 
 def test_repr_has_the_fields_of_the_listing():
     text = repr(quantized(randn(4, 8), torch.uint8, (1, 8)).to(torch.bfloat16))
-    for field in ("QuantizedTensor(tensor_impl=PlainTensorImpl(data=tensor([[", "dtype=torch.uint8)... , scale=tensor(["):
+    for field in (
+        "QuantizedTensor(tensor_impl=PlainTensorImpl(data=tensor([[",
+        "dtype=torch.uint8)... , scale=tensor([",
+    ):
         assert field in text
     for field in ("... , zero_point=tensor([", "... , _layout=PlainLayout()), block_size=(1, 8), "):
         assert field in text
@@ -189,7 +187,11 @@ def test_as_parameter_in_a_state_dict():
 @pytest.mark.parametrize("x_blocks", [(6, 32), (1, 32)])
 @pytest.mark.parametrize("w_blocks", [(16, 32), (1, 32), (1, 8)])
 def test_linear_multiplies_integers(x_dtype, w_dtype, x_blocks, w_blocks):
-    x, w, bias = quantized(randn(6, 32), x_dtype, x_blocks), quantized(randn(16, 32, seed=1), w_dtype, w_blocks), randn(16)
+    x, w, bias = (
+        quantized(randn(6, 32), x_dtype, x_blocks),
+        quantized(randn(16, 32, seed=1), w_dtype, w_blocks),
+        randn(16),
+    )
     with Products() as seen:
         got = F.linear(x, w, bias)
     assert not seen.floating
@@ -216,7 +218,9 @@ def test_linear_sums_are_exact():
     assert F.linear(x, w).item() == torch.tensor(127 * 127 * depth - 127, dtype=torch.float32).item()
 
 
-@pytest.mark.parametrize("shapes", [((4, 8), (8, 5)), ((2, 4, 8), (2, 8, 5)), ((2, 3, 4, 8), (2, 3, 8, 5)), ((2, 4, 8), (8, 5))])
+@pytest.mark.parametrize(
+    "shapes", [((4, 8), (8, 5)), ((2, 4, 8), (2, 8, 5)), ((2, 3, 4, 8), (2, 3, 8, 5)), ((2, 4, 8), (8, 5))]
+)
 def test_matmul_multiplies_integers(shapes):
     a, b = quantized(randn(*shapes[0])), quantized(randn(*shapes[1], seed=1))
     with Products() as seen:
@@ -229,9 +233,11 @@ def test_matmul_multiplies_integers(shapes):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("arguments", [{}, {"stride": 2, "padding": 1}, {"padding": (1, 2), "dilation": 2}])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
-def test_conv2d_multiplies_integers(arguments, groups, dtype):
+@pytest.mark.parametrize("mapping", MappingType)
+def test_conv2d_multiplies_integers(arguments, groups, dtype, mapping):
     x = quantized(randn(2, 4, 9, 8), dtype)
-    weight, bias = quantized(randn(8, 4 // groups, 3, 3, seed=1), torch.int8, (1, 4 // groups, 3, 3)), randn(8)
+    kernel, bias = randn(8, 4 // groups, 3, 3, seed=1), randn(8)
+    weight = quantized(kernel, torch.int8, (1, 4 // groups, 3, 3), mapping)
     with Products() as seen:
         got = F.conv2d(x, weight, bias, groups=groups, **arguments)
     assert not seen.floating
