@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from fastforward.nn import quantizer as quantizers
 from fastforward.nn.quantizer import Quantizer, QuantizerMetadata, QuantizerStub
 
 _TAGS = {
@@ -75,8 +76,8 @@ def _smoothed(weight: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Ten
 
 
 def _cacheable(quantizer: Quantizer, weight: torch.Tensor) -> bool:
-    """Only a quantizer without side effects or gradients, outside of a trace, may be skipped."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Only a quantizer without side effects or gradients, outside of a trace and of a recording, may be skipped."""
+    if quantizers.recorder is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return type(weight) in (torch.Tensor, torch.nn.Parameter) and not (quantizer.overrides or quantizer.is_stub())
 
