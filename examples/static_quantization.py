@@ -4,6 +4,9 @@ The walk-through of torchao's static quantization tutorial, in int8 and in float
 `nn.Linear`s whose weight is swapped, and beside it the same in one call. Takes about ten seconds on a CPU.
 """
 
+# The tutorial's code stands as it was written there.
+# ruff: noqa: ANN001, ANN201, ANN202, ANN204, ANN206, D205, E731
+
 import argparse
 import copy
 from dataclasses import dataclass
@@ -162,8 +165,7 @@ def _apply_static_quant(
     module: torch.nn.Module,
     config: StaticQuantConfig,
 ):
-    """
-    Define a transformation associated with `StaticQuantConfig`.
+    """Define a transformation associated with `StaticQuantConfig`.
     This is called by `quantize_`, not by the user directly.
     """
     return QuantizedLinear.from_observed(module, config.target_dtype)
