@@ -1,0 +1,89 @@
+"""Floating activations by int4 or int8 weights, dequantized in registers.
+
+Four-bit integers become floats without a conversion instruction: put into the mantissa of 2**23, they are the number
+2**23 + q, and subtracting 2**23 + zero_point is exact. The two halves of a byte are neighbouring columns, so that joining
+them needs no shuffle.
+"""
+
+# ruff: noqa: ANN001, ANN202, D103 - kernels: Triton reads annotations itself
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastforward_kernels import reference_matmul as reference
+from fastforward_kernels.triton import launch
+from fastforward_kernels.triton.int8_matmul import tile_of
+from fastforward_kernels.triton.numerics import INTERPRETED, to_dtype
+
+
+@triton.jit
+def as_float(q):
+    """Return small unsigned integers plus 2**23 as float32, exactly and without a conversion."""
+    return (q.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weight_only_kernel(
+    x_ptr, weight_ptr, out_ptr, scale_ptr, zero_point_ptr, bias_ptr, m, n, k, groups,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, ZERO_POINT: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    """``x [m, k]`` by ``weight [n, k]`` (or ``[n, k / 2]``); a block along k lies in one group."""
+    tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_rows, safe_columns = (rows % m).to(tl.int64), (columns % n).to(tl.int64)
+    depth = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + safe_rows[:, None] * k + depth[None, :]
+    PER_BYTE: tl.constexpr = 8 // BITS
+    byte = tl.arange(0, BLOCK_K // PER_BYTE)
+    weight_ptrs = weight_ptr + safe_columns[:, None] * (k // PER_BYTE) + byte[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        x = tl.load(x_ptrs)
+        packed = tl.load(weight_ptrs)
+        place = safe_columns * groups + start // GROUP_SIZE
+        scale = tl.load(scale_ptr + place)
+        zero_point = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        if ZERO_POINT:
+            zero_point = tl.load(zero_point_ptr + place).to(tl.float32)
+        if BITS == 4:
+            low = as_float(packed & 15)
+            high = as_float(packed >> 4)
+            values = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K)) - (8388608.0 + zero_point)[:, None]
+        else:
+            values = as_float(packed.to(tl.uint8, bitcast=True) ^ 128) - (8388736.0 + zero_point)[:, None]
+        weight = to_dtype(values * scale[:, None], x.dtype)
+        if INTERPRETED:
+            acc = tl.dot(x.to(tl.float32), tl.trans(weight.to(tl.float32)), acc)
+        else:
+            acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K // PER_BYTE
+    if BIAS:
+        acc += tl.load(bias_ptr + safe_columns)[None, :].to(tl.float32)
+    exists = (rows < m)[:, None] & (columns < n)[None, :]
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :], to_dtype(acc, out_ptr.dtype.element_ty), exists)
+
+
+def weight_only_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, bias: Tensor | None
+) -> Tensor:
+    """See :func:`reference_matmul.weight_only_linear`."""
+    n, k = weight.shape[0], x.shape[-1]
+    rows = x.reshape(-1, k).contiguous()
+    if group_size % 32 or k % group_size or not rows.numel() or not n:
+        return reference.weight_only_linear(x, weight, scale, zero_point, group_size, bias)
+    m = rows.shape[0]
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    options = launch.config("weight_only", launch.rows_bucket(m), x.device)
+    # a block must lie in one group and its length be a power of two: the largest that divides the group
+    options["BLOCK_K"] = min(options["BLOCK_K"], group_size & -group_size)
+    grid = (launch.ceil_div(m, options["BLOCK_M"]) * launch.ceil_div(n, options["BLOCK_N"]),)
+    tensors = (rows, weight, out, scale, scale if zero_point is None else zero_point, scale if bias is None else bias)
+    weight_only_kernel[grid](
+        *tensors, m, n, k, k // group_size, BITS=8 if weight.dtype == torch.int8 else 4, GROUP_SIZE=group_size,
+        ZERO_POINT=zero_point is not None, BIAS=bias is not None, **options,
+    )  # fmt: skip
+    return out.reshape(*x.shape[:-1], n)
