@@ -4,12 +4,12 @@ import ast
 import inspect
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from fastforward.autoquant.helpers import Callee, Graph, SiteKey, TextUnit, defining_class
+from fastforward.autoquant.helpers import Callee, Graph, Quantizer, SiteKey, TextUnit, defining_class
 from fastforward.autoquant.imports import Imports, dotted, is_importable
 from fastforward.autoquant.recompile import Engine, may_hold_sites
 from fastforward.autoquant.sites import nested_name
@@ -39,9 +39,9 @@ class Method(NamedTuple):
         """The instance's attribute for the quantizer that the method calls ``name``."""
         return name if self.name == "forward" else nested_name(self.name, name)
 
-    def stubs(self) -> list[tuple[str, SiteKey]]:
-        """All stubs that the method needs, by attribute, with the sites they serve."""
-        return [(self.stub(quantizer.name), quantizer.key) for quantizer in self.unit.quantizers()]
+    def stubs(self) -> list[tuple[str, Quantizer]]:
+        """All stubs that the method needs, by attribute, with the quantizers they stand for."""
+        return [(self.stub(quantizer.name), quantizer) for quantizer in self.unit.quantizers()]
 
 
 class ModuleText:
@@ -87,12 +87,12 @@ class ModuleText:
             AutoquantError: ``cls.forward`` cannot be rendered.
         """
         methods = list(self._methods(cls))
-        stubs = {name: key for method in methods for name, key in method.stubs()}
+        stubs = dict(stub for method in methods for stub in method.stubs())
         if only_with_sites and not stubs:
             return None
         base = self.imports.object(cls) if is_importable(cls) else self.imports.reserve(cls.__name__)
         name = self.imports.reserve(f"Quantized{base.rpartition('.')[2]}")
-        self.stubs[cls] = stubs
+        self.stubs[cls] = {attribute: quantizer.key for attribute, quantizer in stubs.items()}
         self._threaded = {}
         body: list[ast.stmt] = [_init_quantization(stubs)]
         body += [self._direct(method) for method in methods]
@@ -220,12 +220,21 @@ def _may_run_operators(name: str, raw: Any, engine: Engine) -> bool:
     return engine.kind(function) == "helper" and may_hold_sites(function.__code__, engine.table)
 
 
-def _init_quantization(stubs: Iterable[str]) -> ast.FunctionDef:
+def _init_quantization(stubs: Mapping[str, Quantizer]) -> ast.FunctionDef:
     lines = ["def __init_quantization__(self) -> None:", "    super().__init_quantization__()"]
-    lines += [f"    self.{name}: {_QUANTIZER} = {_STUB}" for name in stubs]
+    lines += [f"    self.{name}: {_QUANTIZER} = {_stub(quantizer)}" for name, quantizer in stubs.items()]
     definition = ast.parse("\n".join(lines)).body[0]
     assert isinstance(definition, ast.FunctionDef)
     return definition
+
+
+def _stub(quantizer: Quantizer) -> str:
+    """The stub of a site, with the number of bits that a pragma asks for."""
+    pragma = quantizer.site.pragma or ""
+    if not pragma.startswith("bits="):
+        return _STUB
+    bits = int(pragma.removeprefix("bits=").split()[0])
+    return f"fastforward.nn.QuantizerStub(metadata=fastforward.nn.QuantizerMetadata(bits={bits}))"
 
 
 def _no_types() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The user's helpers in the text form: which functions a function calls, and which quantizers thread through each call.
 
-In comes a function; out goes a :class:`TextUnit` with its marks, the callees known from the source, and the names of the
-quantizers that it needs. The same marks drive execution (``recompile.py``); here they become text.
+In comes a function; out goes a :class:`TextUnit` with its marks, the callees known from the source, and the names of
+the quantizers that it needs. The same marks drive execution (``recompile.py``); here they become text.
 """
 
 import ast

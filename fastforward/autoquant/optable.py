@@ -32,7 +32,15 @@ _TOKEN_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
     ">>": ("rshift", "irshift"), "unary -": ("neg",), "unary +": ("pos",), "unary ~": ("invert", "inv"),
     "==": ("eq",), "!=": ("ne",), "<": ("lt",), "<=": ("le",), ">": ("gt",), ">=": ("ge",),
 }  # fmt: skip
-_MODULES = ("torch.nn.functional", "torch", "torch.linalg", "torch.special", "torch.fft", "torch.functional", "torch._VF")
+_MODULES = (
+    "torch.nn.functional",
+    "torch",
+    "torch.linalg",
+    "torch.special",
+    "torch.fft",
+    "torch.functional",
+    "torch._VF",
+)
 _HOMES = (*_MODULES, "torch.Tensor")
 
 

@@ -47,6 +47,11 @@ def show_source(
         AutoquantError: It has no source or cannot be rendered.
     """
     target = type(obj) if isinstance(obj, torch.nn.Module) else obj
+    if not (
+        isinstance(target, types.FunctionType) or (isinstance(target, type) and issubclass(target, torch.nn.Module))
+    ):
+        msg = f"show_source: expected a torch.nn.Module class or a function, got {type(target).__name__}"
+        raise TypeError(msg)
     given = operator_table is not None or len(replacement_patterns) > 0
     engine = engine_for(operator_table, replacement_patterns) if given else bound_engine(target) or engine_for()
     rewritten = rewritten_source(target, engine, use_type_inference)
@@ -54,23 +59,21 @@ def show_source(
     print(side_by_side(original, rewritten), file=file or sys.stdout)
 
 
-def rewritten_source(target: Any, engine: Engine, use_type_inference: bool = True) -> str:
+def rewritten_source(
+    target: type[torch.nn.Module] | types.FunctionType, engine: Engine, use_type_inference: bool = True
+) -> str:
     """The quantized form of a class or function as text, as `autoquantize` writes it.
 
     Raises:
-        TypeError: ``target`` is neither a module class nor a Python function.
         AutoquantError: It cannot be rendered.
     """
     text = ModuleText(engine, use_type_inference)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if isinstance(target, type) and issubclass(target, torch.nn.Module):
+        if isinstance(target, type):
             text.add_class(target)
-        elif isinstance(target, types.FunctionType):
-            text.add_function(target)
         else:
-            msg = f"show_source: expected a torch.nn.Module class or a function, got {type(target).__name__}"
-            raise TypeError(msg)
+            text.add_function(target)
     return render(text.tree())
 
 

@@ -350,4 +350,6 @@ def _same_arguments(mark: CallMark, target: Any, node: ast.Call) -> bool:
     name = getattr(target, "__name__", "")
     if name.endswith("_") or any(keyword.arg in ("out", "inplace") for keyword in node.keywords):
         return False
-    return target is resolve(mark.operator.fallback) or len(node.args) <= 2
+    # Aliases take the first operands alike; `round` and the like take a number of digits second.
+    alike = 1 if getattr(target, "__module__", "") == "builtins" and name != "pow" else 2
+    return target is resolve(mark.operator.fallback) or len(node.args) <= alike

@@ -3,6 +3,7 @@
 They live in a module of their own because some have names of builtins (``all``, ``max``).
 """
 
+import builtins
 import functools
 import inspect
 import operator as python_operators
@@ -31,8 +32,11 @@ def build(row: Operator) -> Callable[..., Any]:
     Args:
         row: An operator whose float callable exists.
     """
-    plain = getattr(python_operators, _PLAIN_OPERATORS.get(row.identifier, ""), None)
-    run = resolve(row.fallback) if plain is None else _with_plain_operands(plain, resolve(row.fallback))
+    run = resolve(row.fallback)
+    if row.identifier in _PLAIN_OPERATORS:
+        run = _with_plain_operands(getattr(python_operators, _PLAIN_OPERATORS[row.identifier]), run)
+    elif f"builtins.{row.identifier}" in row.aliases:
+        run = _with_plain_operands(getattr(builtins, row.identifier), run)
 
     def functional(*args: Any, output_quantizer: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
         result = run(*args, **kwargs)
@@ -53,7 +57,7 @@ def _quantized(quantizer: Callable[[Any], Any], result: Any) -> Any:
 
 def _with_plain_operands(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """The Python operator for positional operands, which need not be tensors; otherwise torch's function."""
-    arity = 1 if plain in (python_operators.neg, python_operators.pos, python_operators.invert) else 2
+    arity = 1 if plain.__name__ in ("neg", "pos", "invert", "abs", "round") else 2
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if len(args) == arity and not kwargs:

@@ -1,29 +1,31 @@
 """The role of a stub by its name, for generated classes: their text says ``QuantizerStub()`` and no more.
 
-The names follow one rule (``autoquant/sites.py``): ``quantizer_self_<attribute>`` for a read, ``quantizer_<operator>`` for
-a result, ``quantizer_<variable>`` for anything else, with the helper's name in front and a number behind.
+The names follow one rule (``autoquant/sites.py``): ``quantizer_self_<attribute>`` for a read, ``quantizer_<operator>``
+for a result, ``quantizer_<variable>`` for anything else, with the helper's name in front and a number behind.
 """
 
+import dataclasses
 import functools
 import re
 
 from fastforward.autoquant import sites
 from fastforward.autoquant.optable import default_table
-from fastforward.nn.quantizer import Quantizer, QuantizerMetadata
+from fastforward.nn.quantizer import Quantizer
 
 _READ = re.compile(r"quantizer_(?:.*_)?self_(.+)")
 
 
 def describe_by_name(name: str, quantizer: Quantizer) -> None:
-    """Give a stub without any metadata the tags and the operator that its name says.
+    """Give a stub without tags and operator those that its name says.
 
     Args:
         name: The attribute that holds it.
         quantizer: Any quantizer; one that has tags, or whose name is none of the rule's, is left alone.
     """
-    if name.startswith("quantizer_") and quantizer.is_stub() and quantizer.quant_metadata == QuantizerMetadata():
+    known = quantizer.quant_metadata
+    if name.startswith("quantizer_") and quantizer.is_stub() and not known.tags and known.operator is None:
         role, operator = role_of(name)
-        quantizer.quant_metadata = QuantizerMetadata((role,), operator=operator)
+        quantizer.quant_metadata = dataclasses.replace(known, tags=(role,), operator=operator)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""The text form runs: with stubs it equals the float model, with quantizers it equals what execution in memory gives."""
+"""The text form runs: with stubs it equals the float model, with quantizers it equals execution in memory."""
 
 import copy
 import sys

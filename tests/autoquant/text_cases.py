@@ -280,7 +280,7 @@ class Recurrent(nn.Module):
 
 
 CASES = [
-    Base, Super, Inherited, Methods, Property, Closure, Comprehension, Control, Match, With, InPlace, Walrus, Chained, Order,
-    Helpers, Recursion, Generator, Variadic, Decorated, Lists, TensorMethods, Functionals, LocalImport, Outer.Nested,
+    Base, Super, Inherited, Methods, Property, Closure, Comprehension, Control, Match, With, InPlace, Walrus, Chained,
+    Order, Helpers, Recursion, Generator, Variadic, Decorated, Lists, TensorMethods, Functionals, LocalImport, Outer.Nested,
     Parent, Recurrent,
 ]  # fmt: skip

@@ -1,0 +1,233 @@
+"""`autoquantize` itself: its options, where its code goes, what evidence removes, and what it refuses."""
+
+import ast
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastforward as ff
+from fastforward.autoquant.writer import BasicCodeWriter, FileWriter, StdoutWriter, TextIOWriter
+from fastforward.exceptions import AutoquantError, QuantizationWarning
+from fastforward.nn import module as quantized_modules
+from tests.autoquant import text_cases
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(x) + 1
+
+
+class Mixed(nn.Module):
+    def forward(self, x, sizes, mode=None):
+        total = sizes[0] + sizes[1]
+        if mode is not None:
+            x = torch.exp(x)
+        return x * total
+
+
+class Pragmas(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x):
+        y = x * 2  # ff: skip
+        return F.linear(y, self.weight)  # ff: bits=4
+
+
+class Changed(nn.Module):
+    def forward(self, x):
+        global _last
+        _last = x * 2
+        return _last
+
+
+def body_of(code: str, cls: str, function: str = "forward") -> str:
+    """The text of a method of a generated class, without its header."""
+    tree = ast.parse(code)
+    found = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == cls)
+    method = next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return "\n".join(ast.unparse(statement) for statement in method.body)
+
+
+def stub_names(code: str) -> list[str]:
+    lines = (line.strip() for line in code.splitlines())
+    return [line.split(":")[0].removeprefix("self.") for line in lines if "QuantizerStub(" in line]
+
+
+@pytest.fixture(autouse=True)
+def _module_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_modules, "_module_map", dict(ff.nn.conversion.quantized_module_map()))
+
+
+# ------------------------------------------------------------------ where code goes
+def test_the_file_is_written_only_where_it_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "generated.py"
+    result = ff.autoquantize(Net(), output_path=path)
+    assert path.read_text() == result.code and result.pymodule is None and result.pymodule_name == "generated"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="force_overwrite"):
+        ff.autoquantize(Net(), output_path=path)
+    assert path.read_text() == "mine"
+    ff.autoquantize(Net(), output_path=path, force_overwrite=True)
+    assert path.read_text() == result.code
+    assert [entry.name for entry in tmp_path.iterdir()] == ["generated.py"]
+
+
+def test_a_path_without_suffix_is_a_package(tmp_path: Path) -> None:
+    result = ff.autoquantize(Net(), output_path=tmp_path / "deep" / "package")
+    assert (tmp_path / "deep" / "package" / "__init__.py").read_text() == result.code
+    assert result.pymodule_name == "package"
+
+
+def test_writers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    basic, stream = BasicCodeWriter("name"), io.StringIO()
+    code = ff.autoquantize(Net(), code_writer=basic).code
+    ff.autoquantize(Net(), code_writer=TextIOWriter("name", writer=stream))
+    ff.autoquantize(Net(), code_writer=StdoutWriter("name"))
+    ff.autoquantize(Net(), code_writer=FileWriter(tmp_path / "a.py"))
+    assert basic.code == stream.getvalue() == capsys.readouterr().out == (tmp_path / "a.py").read_text() == code
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        ff.autoquantize(Net)
+    with pytest.raises(ValueError, match="not both"):
+        ff.autoquantize(Net(), output_path=tmp_path / "a.py", code_writer=BasicCodeWriter())
+    with pytest.raises(ValueError, match="output_path"):
+        ff.autoquantize(Net(), force_overwrite=True)
+
+
+def test_auto_import_registers_the_module_and_its_classes() -> None:
+    result = ff.autoquantize(Net(), auto_import=True, code_writer=BasicCodeWriter("tests_auto_imported"))
+    assert sys.modules.pop("tests_auto_imported") is result.pymodule
+    assert ff.nn.quantized_module_map()[Net] is result.pymodule.QuantizedNet
+    model = ff.quantize_model(Net())
+    assert type(model) is result.pymodule.QuantizedNet and isinstance(model.layer, ff.nn.QuantizedLinear)
+
+
+def test_auto_import_says_when_it_replaces_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tests_replaced", object())
+    with pytest.warns(QuantizationWarning, match="tests_replaced"):
+        ff.autoquantize(Net(), auto_import=True, code_writer=BasicCodeWriter("tests_replaced"))
+
+
+def test_the_model_is_not_changed() -> None:
+    model = Net()
+    before = dict(model.__dict__)
+    ff.autoquantize(model, example_inputs=torch.ones(1, 2))
+    assert type(model) is Net and model.__dict__ == before and type(model.layer) is nn.Linear
+    assert Net not in ff.nn.quantized_module_map()
+
+
+# ------------------------------------------------------------------ what is generated
+def test_layers_with_a_hand_written_form_are_left_out() -> None:
+    code = ff.autoquantize(nn.Sequential(Net(), nn.ReLU(), nn.Conv2d(1, 1, 1))).code
+    assert [node.name for node in ast.parse(code).body if isinstance(node, ast.ClassDef)] == ["QuantizedNet"]
+
+
+def test_classes_of_the_same_name_are_told_apart() -> None:
+    code = ff.autoquantize(text_cases.Parent()).code
+    classes = [node.name for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]
+    assert classes == ["QuantizedParent", "QuantizedScale", "QuantizedScale_1"]
+    assert "from tests.autoquant.text_helpers import Scale as Scale_1" in code
+
+
+def test_pragmas() -> None:
+    code = ff.autoquantize(Pragmas()).code
+    assert "x * 2" in code
+    assert "quantizer_mul" not in code
+    assert "self.quantizer_self_weight: fastforward.nn.Quantizer" in code and code.count("bits=4") == 2
+
+
+def test_stubs_carry_role_tags() -> None:
+    result = ff.autoquantize(text_cases.Base(), auto_import=True, code_writer=BasicCodeWriter("tests_tags"))
+    del sys.modules["tests_tags"]
+    model = ff.quantize_model(text_cases.Base())
+    assert type(model) is result.pymodule.QuantizedBase
+    known = {name: (q.quant_metadata.tags, q.quant_metadata.operator) for name, q in model.own_quantizers().items()}
+    assert known == {
+        "quantizer_linear": (("activation/output",), "linear"),
+        "quantizer_mul": (("activation/output",), "mul"),
+        "quantizer_self_bias": (("parameter/bias",), None),
+        "quantizer_self_weight": (("parameter/weight",), None),
+        "quantizer_self___secret": (("parameter",), None),
+        "quantizer_x": (("activation/input",), None),
+    }
+    found = ff.find_quantizers(model, "**/[quantizer:parameter/weight]")
+    assert [result.full_name for result in found] == ["quantizer_self_weight"]
+
+
+# ------------------------------------------------------------------ evidence
+def test_evidence_removes_sites_that_saw_no_floating_tensor() -> None:
+    without = ff.autoquantize(Mixed()).code
+    assert "sizes[0] + sizes[1]" not in body_of(without, "QuantizedMixed")
+    code = ff.autoquantize(Mixed(), example_inputs=(torch.ones(2), [1, 2])).code
+    assert "total = sizes[0] + sizes[1]" in body_of(code, "QuantizedMixed")
+    assert stub_names(code) == ["quantizer_mul", "quantizer_x"]
+
+
+def test_evidence_keeps_what_a_tensor_reached() -> None:
+    code = ff.autoquantize(Mixed(), example_inputs={"x": torch.ones(2), "sizes": torch.ones(2), "mode": 1}).code
+    assert {"quantizer_add", "quantizer_exp", "quantizer_mul"} <= set(stub_names(code))
+
+
+def test_evidence_uses_no_randomness() -> None:
+    model = nn.Sequential(Net(), nn.Dropout())
+    state = torch.get_rng_state()
+    ff.autoquantize(model, example_inputs=torch.ones(1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------ refusals
+def test_what_cannot_be_text_is_named_with_its_line() -> None:
+    with pytest.raises(AutoquantError, match=r"test_autoquantize.py:\d+: .*Changed.forward.*assigns globals"):
+        ff.autoquantize(Changed())
+
+
+def test_a_part_that_cannot_be_text_is_left_out_with_a_warning() -> None:
+    with pytest.warns(QuantizationWarning, match="Changed is left out"):
+        code = ff.autoquantize(nn.Sequential(Net(), Changed())).code
+    assert "QuantizedNet" in code and "Changed" not in code
+
+
+def test_a_local_class_has_text_but_no_importable_module(tmp_path: Path) -> None:
+    class Local(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    with pytest.warns(QuantizationWarning, match="Local"):
+        assert "QuantizedLocal" in ff.autoquantize(Local()).code
+    with pytest.raises(AutoquantError, match="top level"):
+        ff.autoquantize(Local(), output_path=tmp_path / "a.py")
+    assert not (tmp_path / "a.py").exists()
+
+
+# ------------------------------------------------------------------ show_source
+def test_show_source_prints_both_forms_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    ff.show_source(text_cases.scale)
+    rows = [line.partition(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][0].strip() == "def scale(x, by=FACTOR):"
+    right = "\n".join(row[2] for row in rows)
+    assert "def quantized_scale(" in right
+    ast.parse(right)
+
+
+def test_show_source_takes_classes_instances_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    table = ff.autoquant.OperatorTable()
+    for shown in (Net, Net()):
+        ff.show_source(shown)
+        assert "class QuantizedNet" in capsys.readouterr().out
+    ff.show_source(Net, operator_table=table)
+    assert "quantizer_add" not in capsys.readouterr().out
+    with pytest.raises(TypeError, match="show_source"):
+        ff.show_source(3)
