@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -37,14 +38,21 @@ class Environment:
     ) -> subprocess.CompletedProcess[str]:
         """Run ``python *arguments`` without the tests' own settings of Python; shows its output if it fails."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FF_", "COV_"))}
-        done = subprocess.run(
+        process = subprocess.Popen(
             [self.python, *arguments],
             cwd=cwd,
             env={**kept, "OMP_NUM_THREADS": "1", **(variables or {})},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=300,
+            start_new_session=True,
         )
+        try:
+            output, errors = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
+            pytest.fail(f"{arguments} did not end: {process.communicate()}")
+        done = subprocess.CompletedProcess(process.args, process.returncode, output, errors)
         if check and done.returncode != 0:
             pytest.fail(f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done

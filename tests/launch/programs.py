@@ -49,10 +49,11 @@ def train(model, steps=12):
     for _ in range(steps):
         x = torch.randn(256, 8)
         loss = (model(x) - x[:, :4]).square().mean()
-        gradients = torch.autograd.grad(loss, parameters)
+        loss.backward()
         with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients):
-                parameter -= 0.05 * gradient
+            for parameter in parameters:
+                parameter -= 0.05 * parameter.grad
+                parameter.grad = None
     return loss.item()
 """
 

@@ -76,7 +76,7 @@ def test_editable_installation(editable: Environment, tmp_path: Path) -> None:
     assert states(done.stdout) == [QUANTIZED], done.stderr
 
 
-@pytest.mark.parametrize("value", [None, "", "0", "off"])
+@pytest.mark.parametrize("value", [None, "0"])
 def test_unset_or_off_leaves_the_program_alone(regular: Environment, tmp_path: Path, value: str | None) -> None:
     write(tmp_path, {"train.py": SCRIPT + "\nimport sys\nprint('fastforward' in sys.modules)\n"})
     done = regular.run("train.py", cwd=tmp_path, variables={} if value is None else {"FF_AUTOQUANT": value})
@@ -116,7 +116,7 @@ dist.destroy_process_group()
 
 def test_torchrun_with_two_ranks_tracks_the_same_ranges(regular: Environment, tmp_path: Path) -> None:
     write(tmp_path, {"train.py": DISTRIBUTED})
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", "--master-port=0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = regular.run(*launcher, "train.py", cwd=tmp_path, variables=ON)
     assert states(done.stdout) == [f"{QUANTIZED} True True"] * 2, done.stderr
 
