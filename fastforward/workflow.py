@@ -16,7 +16,7 @@ from fastforward.calibration import steps as calibration_steps
 from fastforward.calibration.batches import Batches, Call, Data
 from fastforward.calibration.choose import automatic
 from fastforward.calibration.estimate import estimate_ranges, observable, observer_factory
-from fastforward.calibration.flow import Flow, eager, in_eval_mode
+from fastforward.calibration.flow import Flow, eager, in_eval_mode, passing_through
 from fastforward.calibration.recorder import FlowRecorder
 from fastforward.calibration.samples import Samples
 from fastforward.calibration.undo import Undo
@@ -29,6 +29,8 @@ from fastforward.nn.quantizer import Quantizer, QuantizerStub
 from fastforward.selection import schemes
 from fastforward.selection.config import QuantizationConfig
 from fastforward.selection.scheme import Choice, Scheme
+
+_ROUNDS = 4
 
 if TYPE_CHECKING:
     from fastforward.autoquant.optable import OperatorTable
@@ -117,6 +119,8 @@ class _Calibration:
         if "fold_batch_norm" in self.scheme.steps and calibration_steps.fold_batch_norms(self.model, flow, self.undo):
             flow, samples = self._record()
         self._place(flow)
+        if self._settle():
+            flow, samples = self._record()
         smoothing: dict[str, Tensor] = {}
         if "smooth" in self.scheme.steps:
             self._keep_smoothing()
@@ -131,16 +135,36 @@ class _Calibration:
     def _record(self) -> tuple[Flow, Samples]:
         samples = Samples(len(self.batches))
         recorder = FlowRecorder(self.model, table=self.table, listener=samples)
-        with recorder:
+        with passing_through(self.model), recorder:
             self.batches.run(self.model, "recording", progress=self.progress, each=recorder.output)
         return recorder.flow(), samples
 
     def _place(self, flow: Flow) -> None:
         choices = self.scheme.apply(self.model, flow.governing())
         placed = [choice for choice in choices if choice.quantizer is not None]
-        _back_to_stubs(self.model, [choice for choice in placed if choice.site not in flow.reached])
+        _back_to_stubs(self.model, [choice.site for choice in placed if choice.site not in flow.reached])
         if not any(choice.site in flow.reached for choice in placed):
             raise _nothing_quantized(self.model, self.scheme.name, flow, choices)
+
+    def _settle(self) -> bool:
+        """Look again with quantizers in place, since code may take another branch then; return whether it did.
+
+        A quantizer returns another object than it was given. Where the source asks ``key is value``, as torch's attention
+        does, other sites matter from then on: they get quantizers, and those that govern nothing any more lose theirs.
+        """
+        changed = False
+        for _ in range(_ROUNDS):
+            recorder = FlowRecorder(self.model, table=self.table)
+            with passing_through(self.model), recorder:
+                self.batches.run_first(self.model)
+            flow = recorder.flow()
+            added = [choice for choice in self.scheme.apply(self.model, flow.governing()) if choice.quantizer is not None]
+            _back_to_stubs(self.model, [choice.site for choice in added if choice.site not in flow.reached])
+            if not any(choice.site in flow.reached for choice in added):
+                break
+            changed = True
+            _back_to_stubs(self.model, _idle(self.model, flow))
+        return changed
 
     def _keep_smoothing(self) -> None:
         for module in self.model.modules():
@@ -190,12 +214,24 @@ def _remove_quantizers(model: torch.nn.Module) -> None:
                     setattr(module, name, QuantizerStub(metadata=quantizer.quant_metadata))
 
 
-def _back_to_stubs(model: torch.nn.Module, choices: Sequence[Choice]) -> None:
+def _back_to_stubs(model: torch.nn.Module, sites: Sequence[str]) -> None:
     """Sites that no data reached keep no quantizer: it would have no range."""
     modules = dict(model.named_modules())
-    for choice in choices:
-        owner, _, name = choice.site.rpartition(".")
-        setattr(modules[owner], name, QuantizerStub(metadata=choice.metadata))
+    for site in sites:
+        owner, _, name = site.rpartition(".")
+        quantizer = modules[site]
+        assert isinstance(quantizer, Quantizer)
+        setattr(modules[owner], name, QuantizerStub(metadata=quantizer.quant_metadata))
+
+
+def _idle(model: torch.nn.Module, flow: Flow) -> list[str]:
+    """Active quantizers that were reached, and whose value another one rounds again before anything multiplies it."""
+    governed = flow.governed()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Quantizer) and not module.is_stub() and name in flow.reached and name not in governed
+    ]
 
 
 def _nothing_quantized(

@@ -65,7 +65,8 @@ class ObservedSite:
             self.observer(x)
             if self._simulate:
                 self.apply(self.observer.calculate_qparams())
-        result: Tensor = inner(*args, **kwargs) if self._simulate else x
+        # Another object, as from a quantizer: code that asks `key is value` takes the same branch in both cases.
+        result: Tensor = inner(*args, **kwargs) if self._simulate else torch.ops.aten.alias(x)
         return result
 
     def _move_to(self, device: torch.device) -> None:

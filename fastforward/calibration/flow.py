@@ -168,6 +168,23 @@ def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextlib.contextmanager
+def passing_through(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block active quantizers pass values on unrounded, calibrated or not, as another object."""
+    active = [module for module in model.modules() if isinstance(module, Quantizer) and not module.is_stub()]
+    handles = [quantizer.register_override(_another_object) for quantizer in active]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _another_object(quantizer: Quantizer, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    alias: torch.Tensor = torch.ops.aten.alias(args[0])
+    return alias
+
+
 def record_flow(model: torch.nn.Module, run: Any, **options: Any) -> Flow:
     """Run ``run()`` once and return what happened.
 

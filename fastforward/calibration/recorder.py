@@ -19,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import fastforward
+from fastforward.autoquant.scope import Scope
 from fastforward.autoquant.optable import Operator, OperatorTable, default_table
 from fastforward.calibration.flow import OUTPUT, Flow, Operand, OperandKind, Site, quantizer_names
 from fastforward.calibration.macs import multiply_accumulates
-from fastforward.calibration.trace import UNLISTED_MOVES, Trace, fresh, is_parameter, moved, quantized, tensors_in
+from fastforward.calibration.trace import UNLISTED_MOVES, Trace, fresh, is_parameter, moved, passed, tensors_in
 from fastforward.nn.module import stubs_live
 from fastforward.nn.quantizer import Quantizer, Recorder, recording
+from fastforward.nn.rewritten import RewrittenModule
 
 _SKIPPED_SOURCES = (str(Path(fastforward.__file__).parent), str(Path(torch.__file__).parent))
 # `W @ x`: rows of the first factor become the output's channels, as columns of the second do in the table.
@@ -136,7 +138,7 @@ class FlowRecorder(TorchFunctionMode):
             site.macs += out.numel() * math.prod(shape[1:])
         self._consume(site, tensors_in(args))
         for tensor in tensors_in(output):
-            self._traces[tensor] = fresh(tensor, producer=site.number)
+            self._traces[tensor] = fresh(producer=site.number)
 
     def _module_path(self, module: torch.nn.Module | None = None) -> str:
         if module is not None:
@@ -144,22 +146,38 @@ class FlowRecorder(TorchFunctionMode):
         return next((self._paths[id(m)] for m in reversed(self._stack) if id(m) in self._paths), "")
 
     # ------------------------------------------------------------------ stubs and quantizers
-    def record(self, quantizer: Quantizer, tensor_in: Tensor, tensor_out: Tensor) -> Tensor:
-        """Note that a tensor passed ``quantizer``; what goes on is another object, so that uses can be told apart."""
+    def record(self, quantizer: Quantizer, tensor_in: Tensor, tensor_out: Tensor) -> None:
+        """Note that a tensor passed ``quantizer``."""
         if self._also is not None:
             self._also.record(quantizer, tensor_in, tensor_out)
         trace = self._trace(tensor_in)
         self._quantizers[id(quantizer)] = quantizer
         self._unsited.pop(trace.root, None)
-        if tensor_out is tensor_in:
-            tensor_out = torch.ops.aten.alias(tensor_in)
-        self._traces[tensor_out] = quantized(trace, quantizer, tensor_out)
-        return tensor_out
+        same = tensor_out is tensor_in
+        self._traces[tensor_out] = passed(trace, quantizer, self._context(), tensor_out, same=same)
+
+    def _context(self) -> object:
+        """Whose code is calling a quantizer: a hand-written module, or else a rewritten function's scope."""
+        owner = next((module for module in reversed(self._stack) if not isinstance(module, Quantizer)), None)
+        if owner is not None and not isinstance(owner, RewrittenModule):
+            return owner
+        return next(_scopes(), owner)
+
+    def _alive(self) -> Callable[[object], bool]:
+        running: set[int] = set()
+
+        def alive(context: object) -> bool:
+            if not running:
+                running.update(id(scope) for scope in _scopes())
+                running.update(id(module) for module in self._stack)
+            return id(context) in running
+
+        return alive
 
     def _trace(self, tensor: Tensor) -> Trace:
         known: Trace | None = self._traces.get(tensor)
         if known is None:
-            known = self._traces[tensor] = fresh(tensor, parameter=is_parameter(tensor))
+            known = self._traces[tensor] = fresh(parameter=is_parameter(tensor))
         return known
 
     # ------------------------------------------------------------------ operators
@@ -199,8 +217,10 @@ class FlowRecorder(TorchFunctionMode):
 
     def _joined(self, inputs: list[Tensor], outs: list[Tensor]) -> bool:
         """Whether a movement of several tensors (stack, broadcast) took all of them from one quantizer."""
+        alive = self._alive()
         traces = [self._trace(tensor) for tensor in inputs]
-        if len({id(trace.quantizer) for trace in traces}) != 1 or traces[0].quantizer is None:
+        sources = [trace.governing(alive) for trace in traces]
+        if sources[0] is None or any(p is None or p.quantizer is not sources[0].quantizer for p in sources):
             return False
         for out in outs:
             self._traces[out] = moved(traces[0], "stack", (), {}, inputs[0], out)
@@ -223,7 +243,7 @@ class FlowRecorder(TorchFunctionMode):
         from_parameters = all(self._trace(tensor).parameter for tensor in inputs)
         self._consume(site, inputs)
         for out in outs:
-            trace = self._traces[out] = fresh(out, parameter=from_parameters, producer=site.number)
+            trace = self._traces[out] = fresh(parameter=from_parameters, producer=site.number)
             self._unsited[trace.root] = site.number
 
     def _consume(self, site: Site, inputs: Iterable[Tensor]) -> None:
@@ -237,34 +257,34 @@ class FlowRecorder(TorchFunctionMode):
     ) -> tuple[tuple[tuple[Operand, Quantizer | None], ...], dict[str, Trace]]:
         found: list[tuple[Operand, Quantizer | None]] = []
         traces: dict[str, Trace] = {}
+        alive = self._alive()
         names = dict.fromkeys((*operator.multiplied, *operator.axes)) if operator is not None else {}
         for argument in names:
             for tensor in tensors_in(arguments.get(argument)):
                 if tensor.is_floating_point():
                     traces.setdefault(argument, self._trace(tensor))
-                    found.append(self._operand(operator, argument, tensor))
+                    found.append(self._operand(operator, argument, tensor, alive))
         return tuple(found), traces
 
-    def _operand(self, operator: Any, argument: str, tensor: Tensor) -> tuple[Operand, Quantizer | None]:
+    def _operand(
+        self, operator: Any, argument: str, tensor: Tensor, alive: Callable[[object], bool]
+    ) -> tuple[Operand, Quantizer | None]:
         trace = self._trace(tensor)
         axis = operator.weight_axis(argument)
         if axis is None and _ROWS_OF_FIRST.get(operator.identifier) == argument and tensor.dim() >= 2:
             axis = -2
         kind: OperandKind = "weight" if trace.parameter and axis is not None else "activation"
-        quantizer = trace.quantizer
-        if kind == "activation" and quantizer is not None:
-            self._values.setdefault(id(quantizer), set()).add(trace.value)
-        followed = trace.axes[axis] if kind == "weight" and axis is not None and tensor.dim() else -1
-        operand = Operand(
-            argument,
-            kind,
-            None,
-            quantizer is not None and not quantizer.is_stub(),
-            None if followed < 0 else followed,
-            trace.shape if kind == "weight" else None,
-            trace.producer,
-        )
-        return operand, quantizer
+        passage = trace.governing(alive)
+        if passage is None:
+            return Operand(argument, kind, None, producer=trace.producer), None
+        if kind == "activation":
+            self._values.setdefault(id(passage.quantizer), set()).add(trace.value)
+            return Operand(argument, kind, None, not passage.quantizer.is_stub(), producer=trace.producer), passage.quantizer
+        followed = passage.axes[axis] if tensor.dim() else -1
+        channel_axis = None if followed < 0 else followed
+        active = not passage.quantizer.is_stub()
+        operand = Operand(argument, kind, None, active, channel_axis, passage.shape, trace.producer)
+        return operand, passage.quantizer
 
     def _operator(self, func: Any, name: str) -> Operator | None:
         if func in _C_ORDER:
@@ -348,6 +368,17 @@ def _user_place() -> tuple[str | None, int | None]:
             return file, frame.f_lineno
         frame = frame.f_back
     return None, None
+
+
+def _scopes() -> Iterator[object]:
+    """The scopes of the rewritten functions that are running, innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if "_ff" in frame.f_code.co_varnames or "_ff" in frame.f_code.co_freevars:
+            scope = frame.f_locals.get("_ff")
+            if isinstance(scope, Scope):
+                yield scope
+        frame = frame.f_back
 
 
 def _no_subclass(args: Iterable[Any]) -> bool:

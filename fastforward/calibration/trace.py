@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,48 +24,80 @@ UNLISTED_MOVES = frozenset({"__getitem__", "T", "mT", "H", "mH", "data", "alias"
 _numbers = itertools.count()
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Passage:
+    """A tensor went through a stub or quantizer.
+
+    Attributes:
+        quantizer: The stub or quantizer.
+        context: Whose code called it: the scope of a rewritten function, or a hand-written module.
+        axes: For each axis of the tensor, the axis of the tensor that the quantizer saw; ``UNKNOWN`` where that is lost.
+        shape: Shape of the tensor that the quantizer saw.
+    """
+
+    quantizer: Quantizer
+    context: object
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Trace:
     """Where a tensor comes from.
 
     Attributes:
         value: Number of the value; stubs, casts and copies keep it, anything that moves elements gives a new one.
         root: Number of the value that was computed, before any movement.
-        axes: For each axis, the axis of the tensor that the quantizer saw; ``UNKNOWN`` where that is lost.
-        shape: Shape of the tensor that the quantizer saw.
-        quantizer: The last stub or quantizer passed.
+        passages: The stubs and quantizers it went through since, oldest first.
         parameter: Whether it depends on parameters alone.
         producer: Number of the site that computed it.
     """
 
     value: int
     root: int
-    axes: tuple[int, ...]
-    shape: tuple[int, ...]
-    quantizer: Quantizer | None = None
+    passages: tuple[Passage, ...] = ()
     parameter: bool = False
     producer: int | None = None
 
+    def governing(self, alive: Callable[[object], bool]) -> Passage | None:
+        """The passage that an operator in the running code reads from.
 
-def fresh(tensor: Tensor, *, parameter: bool = False, producer: int | None = None) -> Trace:
+        A stub returns the object it was given. So a tensor carries the stubs of every function it was handed to, and
+        those of functions that have returned say nothing about later uses. The last stub of code that is still
+        running counts; without one, that of the function that made the tensor.
+        """
+        if not self.passages:
+            return None
+        for passage in reversed(self.passages):
+            if alive(passage.context):
+                return passage
+        maker = self.passages[0].context
+        own = [passage for passage in self.passages if passage.context is maker]
+        return own[-1]
+
+
+def fresh(*, parameter: bool = False, producer: int | None = None) -> Trace:
     """The trace of a value seen for the first time."""
     number = next(_numbers)
-    shape = tuple(tensor.shape)
-    return Trace(number, number, tuple(range(len(shape))), shape, None, parameter, producer)
+    return Trace(number, number, (), parameter, producer)
 
 
-def quantized(trace: Trace, quantizer: Quantizer, out: Tensor) -> Trace:
-    """The trace of what a stub or quantizer returned."""
+def passed(trace: Trace, quantizer: Quantizer, context: object, out: Tensor, *, same: bool) -> Trace:
+    """The trace of what a stub or quantizer returned; ``same`` says that it is the object it was given."""
     shape = tuple(out.shape)
-    return dataclasses.replace(trace, axes=tuple(range(len(shape))), shape=shape, quantizer=quantizer)
+    passage = Passage(quantizer, context, tuple(range(len(shape))), shape)
+    kept = tuple(p for p in trace.passages if p.quantizer is not quantizer) if same else ()
+    return dataclasses.replace(trace, passages=(*kept, passage))
 
 
 def moved(trace: Trace, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: Tensor, out: Tensor) -> Trace:
     """The trace of ``out``, which the movement called ``name`` made of ``source``."""
     if name in _IDENTITY:
         return trace
-    number = next(_numbers)
-    return dataclasses.replace(trace, value=number, axes=_axes(trace.axes, name, args, kwargs, source, out))
+    passages = tuple(
+        dataclasses.replace(passage, axes=_axes(passage.axes, name, args, kwargs, source, out)) for passage in trace.passages
+    )
+    return dataclasses.replace(trace, value=next(_numbers), passages=passages)
 
 
 def _axes(

@@ -7,6 +7,7 @@ when an integer layer multiplied it.
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.scheme import REASON
 
+_TORCH = str(Path(torch.__file__).parent)
 _INTEGER_REASON = "_ff_float_reason"  # what fastforward.integer.convert notes on a layer that stays simulated
 
 
@@ -58,7 +60,7 @@ class Coverage:
 
     Attributes:
         rows: Every operator, in order of its first call.
-        unreached: Sites of multiplying operators that the run did not reach.
+        unreached: Places of multiplying operators that the run did not reach.
     """
 
     rows: tuple[CoverageRow, ...]
@@ -174,14 +176,21 @@ def from_flow(model: torch.nn.Module, flow: Flow) -> Coverage:
 
 
 def unreached(model: torch.nn.Module, flow: Flow) -> tuple[str, ...]:
-    """Sites that multiplying operators would read, but that no tensor came through."""
+    """Places where an operator would multiply, and that no tensor came through: file and line, or a layer's path.
+
+    Branches inside torch are left out: which of its own ways torch takes is not the user's concern.
+    """
     from fastforward.selection.roles import role_from_metadata
 
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, Quantizer) and name not in flow.reached and role_from_metadata(module.quant_metadata)
-    )
+    places: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer) and name not in flow.reached and role_from_metadata(module.quant_metadata):
+            file, line = module.quant_metadata.file, module.quant_metadata.line
+            if file is None:
+                places[name.rpartition(".")[0] or "the model"] = None
+            elif not file.startswith(_TORCH):
+                places[_short(f"{file}:{line}")] = None
+    return tuple(places)
 
 
 def integer_operator(module: torch.nn.Module) -> str | None:

@@ -29,12 +29,9 @@ Override = Callable[["Quantizer", Callable[..., Tensor], tuple[Any, ...], dict[s
 
 
 class Recorder(Protocol):
-    """Is told of every call of a quantizer or stub with a floating tensor, while it is the active recorder.
+    """Is told of every call of a quantizer or stub with a floating tensor, while it is the active recorder."""
 
-    What it returns, unless ``None``, goes on instead of ``tensor_out``: the same data as another object.
-    """
-
-    def record(self, quantizer: "Quantizer", tensor_in: Tensor, tensor_out: Tensor) -> Tensor | None: ...
+    def record(self, quantizer: "Quantizer", tensor_in: Tensor, tensor_out: Tensor) -> None: ...
 
 
 recorder: Recorder | None = None
@@ -214,8 +211,7 @@ class Quantizer(torch.nn.Module):
             call = _overridden(self, override, call)
         out = call(x)
         if recorder is not None:
-            told = recorder.record(self, x, out)
-            out = out if told is None else told
+            recorder.record(self, x, out)
         return out
 
     def register_override(self, override: Override) -> OverrideHandle:
