@@ -15,7 +15,7 @@ from fastforward.calibration.flow import Flow, eager
 from fastforward.calibration.recorder import FlowRecorder
 from fastforward.calibration.samples import Samples
 from fastforward.calibration.tracking import Phase, RangeTracking, make_tracking
-from fastforward.diagnostics.coverage import Coverage, from_flow
+from fastforward.diagnostics.covering import Coverage, from_flow
 from fastforward.nn.conversion import quantize_model
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer

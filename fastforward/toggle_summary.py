@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fastforward.diagnostics.coverage import Coverage
+from fastforward.diagnostics.covering import Coverage
 from fastforward.toggle_session import Session
 from fastforward.toggle_settings import Settings
 
