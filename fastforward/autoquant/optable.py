@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastforward.autoquant.rows import read_rows
 from fastforward.autoquant.schema import Parameter, Schema, SchemaType, parse_schema
 
 BUNDLED_TABLE = Path(__file__).with_name("operators.yaml")
@@ -400,21 +401,13 @@ def _bundled_rows() -> tuple[Operator, ...]:
 
 
 def _read_rows(path: Path, *, check: bool) -> list[Operator]:
-    import yaml  # on first use: reading the table is the only need for it
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = path.read_text(encoding="utf-8")
-    rows = yaml.load(text, Loader=loader)  # noqa: S506 - both are safe loaders
-    if not isinstance(rows, list):
-        msg = f"{path}: an operator table is a list of rows"
-        raise RuntimeError(msg)
-    # In the layout that every table has, a row starts a line with a dash.
-    lines = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("-")]
-    if len(lines) != len(rows):
-        sequence = yaml.compose(text, Loader=loader)
-        lines = [node.start_mark.line + 1 for node in sequence.value] if sequence else []
+    try:
+        rows = read_rows(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path}: {error}"
+        raise RuntimeError(msg) from error
     operators, errors = [], []
-    for row, line in zip(rows, lines, strict=True):
+    for row, line in rows:
         try:
             operators.append(_operator_of_row(row, str(path), line, check))
         except (ValueError, TypeError) as error:

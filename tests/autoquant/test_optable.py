@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from fastforward.autoquant import OperatorTable, optable
 from fastforward.autoquant.optable import Operator, default_table
+from fastforward.autoquant.rows import simple_rows, yaml_rows
 from fastforward.autoquant.schema import parse_schema
 
 ROWS = list(default_table())
@@ -262,6 +263,20 @@ def test_wrong_rows_are_all_reported_with_their_lines(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as error:
         OperatorTable.from_yaml(path)
     assert [f":{line}:" in str(error.value) for line in (1, 3, 4, 5)] == [True] * 4
-    path.write_text("a: 1")
-    with pytest.raises(RuntimeError, match="list of rows"):
-        OperatorTable.from_yaml(path)
+    for text, reason in [("a: 1", "list of rows"), ("a: [", "not YAML")]:
+        path.write_text(text)
+        with pytest.raises(RuntimeError, match=reason):
+            OperatorTable.from_yaml(path)
+
+
+def test_the_quick_reader_of_the_bundled_table_reads_what_yaml_reads() -> None:
+    text = optable.BUNDLED_TABLE.read_text()
+    assert simple_rows(text) == yaml_rows(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- {op: a}", "- op: 'a'", "  op: a", '- op: "a\\n"', "- op: |\n    a", "- op: 3", "- op: [a, 'b']", "- op: null"],
+)
+def test_the_quick_reader_leaves_other_forms_to_yaml(text: str) -> None:
+    assert simple_rows(text) is None
