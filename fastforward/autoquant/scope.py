@@ -45,7 +45,20 @@ class Scope:
         plan: For each site its active quantizer, or ``None`` while a stub stands there.
     """
 
-    __slots__ = ("bound", "calls", "children", "dynamic", "engine", "memo", "names", "owner", "parent", "plan", "unit")
+    __slots__ = (
+        "bound",
+        "calls",
+        "children",
+        "direct",
+        "dynamic",
+        "engine",
+        "memo",
+        "names",
+        "owner",
+        "parent",
+        "plan",
+        "unit",
+    )
 
     def __init__(
         self, engine: "Engine", unit: "Unit", owner: Any, parent: "Scope | None", callee: str, path: tuple[int, ...]
@@ -55,6 +68,8 @@ class Scope:
         self.children: dict[tuple[int, int], Scope] = {}
         self.dynamic: dict[tuple[int, str], DynamicOperator] = {}
         self.memo: dict[int, tuple[int, Any]] = {}
+        # What a call site found last, and what to call for it: a shortcut past resolution.
+        self.direct: dict[int, tuple[Any, Callable[..., Any]]] = {}
         self.bound: dict[types.FunctionType, types.FunctionType] = {}
         self.names: tuple[str, ...] = ()
         self.plan: list[Any] = [None] * (len(unit.sites) + 1)
@@ -123,8 +138,19 @@ class Scope:
         """Call something whose nature is known only now."""
         if torch.compiler.is_compiling():
             return self.call_compiled(number, function, args, kwargs)
-        if type(function) in _module_types:
+        kind = type(function)
+        if kind in _module_types:
             return function(*args, **kwargs)
+        known = self.direct.get(number)
+        if known is not None and known[0] is function:
+            return known[1](*args, **kwargs)
+        if kind is types.MethodType:
+            if known is not None and known[0] is function.__func__ and function.__self__ is self.owner:
+                return known[1](function.__self__, *args, **kwargs)
+        elif kind is types.BuiltinFunctionType and number in self.memo:
+            index = self.unit.call_sites[number]
+            if index is not None and self.plan[index] is None:
+                return function(*args, **kwargs)
         return self.resolve(number, function, args, kwargs)
 
     def visible(self, _: int, names: Any) -> Any:
@@ -177,6 +203,8 @@ class Scope:
             return enabled
         if kind == "operator":
             return self._operator(number, self.engine.table.find_callable(function), function, args, kwargs)
+        if function not in self.engine.higher_order:
+            self.direct[number] = function, function
         args, kwargs = self._pass_functions(number, function, args, kwargs)
         return function(*args, **kwargs)
 
@@ -234,6 +262,8 @@ class Scope:
             if len(child.bound) < _CLOSURES_KEPT:
                 child.bound[function] = bound
         self.memo[number] = how, bound
+        if how != _OBJECT and function in child.bound:
+            self.direct[number] = function, bound
         return bound(*args, **kwargs)
 
     def child(self, number: int, function: Any) -> "Scope | None":
