@@ -55,7 +55,7 @@ class Scheme:
         operators: Only these operators of the operator table; None for all.
         observer: Observer for calibration, by name; ``"auto"`` tries several at each site.
         steps: What `fastforward.quantize` does beside rounding, in order: ``"fold_batch_norm"``, ``"smooth"``,
-            ``"correct_bias"``.
+            ``"round_weights"``, ``"correct_bias"``; `fastforward.calibration.steps` says what each is.
     """
 
     name: str

@@ -100,7 +100,7 @@ def _shown(quantizer: Quantizer | None) -> str:
 _W8, _W4 = Format(8, per="channel"), Format(4, per="channel")
 _A8 = Format(8, symmetric=False)
 _A8_TOKEN = Format(8, symmetric=False, per="token", dynamic=True)
-_STATIC_STEPS = ("fold_batch_norm", "smooth")
+_STATIC_STEPS = ("fold_batch_norm", "smooth", "round_weights", "correct_bias")
 
 
 def _grouped(bits: int, size: int) -> Format:
