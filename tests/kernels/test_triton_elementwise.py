@@ -40,9 +40,7 @@ def test_forward_backward_and_integers(shape, tile, dtype):
     x, *grid = arguments(shape, tile, dtype)
     assert torch.equal(kernels.fake_quantize(x, *grid), reference.fake_quantize(x, *grid))
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert torch.equal(
-        kernels.fake_quantize_backward(grad, x, *grid), reference.fake_quantize_backward(grad, x, *grid)
-    )
+    assert torch.equal(kernels.fake_quantize_backward(grad, x, *grid), reference.fake_quantize_backward(grad, x, *grid))
     scale, zero_point, qmin, qmax, _ = grid
     q = kernels.quantize(x, scale, zero_point, qmin, qmax, torch.int8, tile)
     assert torch.equal(q, reference.quantize(x, scale, zero_point, qmin, qmax, torch.int8, tile))

@@ -4,8 +4,8 @@ A tensor is seen as a matrix whose parameters lie along rows, along columns or i
 program handles form a block of that matrix; offsets are 64-bit. What no plan fits goes to the reference.
 """
 
-# ruff: noqa: ANN001, ANN202, D103 - kernels: Triton reads annotations itself
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +22,10 @@ LAYOUT_ROWS, LAYOUT_COLUMNS, LAYOUT_TILES = 0, 1, 2
 
 
 class Plan(NamedTuple):
-    """A tensor as ``rows x columns``: block of element (r, c) is ``r // row_length % period * stride + c // column_length``."""
+    """A tensor as ``rows x columns``.
+
+    The parameters of element (r, c) are number ``r // row_length % period * stride + c // column_length``.
+    """
 
     kind: int
     rows: int
@@ -62,9 +65,7 @@ def block_of(rows_total, columns_total, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def index_of(
-    rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND: tl.constexpr
-):
+def index_of(rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND: tl.constexpr):
     """Return the parameters' index of each row, column or element, and which of them exist."""
     if KIND == 0:
         return rows % period, rows < rows_total
@@ -84,16 +85,28 @@ def grid_of(scale_ptr, zero_point_ptr, index, known, qmin, qmax):
 
 @triton.jit
 def forward_kernel(
-    x_ptr, out_ptr, mask_ptr, scale_ptr, zero_point_ptr, qmin, qmax,
-    rows_total, columns_total, row_length, period, stride, column_length,
-    KIND: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr,
+    out_ptr,
+    mask_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    qmin,
+    qmax,
+    rows_total,
+    columns_total,
+    row_length,
+    period,
+    stride,
+    column_length,
+    KIND: tl.constexpr,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """MODE 0: fake-quantize; 1: and pack the mask (columns a multiple of 8); 2: integers."""
     rows, columns, first_column = block_of(rows_total, columns_total, ROWS, COLUMNS)
     offsets, exists = rows * columns_total + columns, (rows < rows_total) & (columns < columns_total)
-    index, known = index_of(
-        rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND
-    )
+    index, known = index_of(rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND)
     scale, inv, low, high, zero_point = grid_of(scale_ptr, zero_point_ptr, index, known, qmin, qmax)
     x = tl.load(x_ptr + offsets, mask=exists).to(tl.float32)
     q = centred_integer(x, inv, low, high)
@@ -114,16 +127,30 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, x_ptr, grad_x_ptr, to_scale_ptr, to_zero_point_ptr, scale_ptr, zero_point_ptr, qmin, qmax,
-    rows_total, columns_total, row_length, period, stride, column_length,
-    KIND: tl.constexpr, LEARN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad_ptr,
+    x_ptr,
+    grad_x_ptr,
+    to_scale_ptr,
+    to_zero_point_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    qmin,
+    qmax,
+    rows_total,
+    columns_total,
+    row_length,
+    period,
+    stride,
+    column_length,
+    KIND: tl.constexpr,
+    LEARN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Clipped straight-through; with LEARN also the sums of this block for the gradients of scale and zero point."""
     rows, columns, _ = block_of(rows_total, columns_total, ROWS, COLUMNS)
     offsets, exists = rows * columns_total + columns, (rows < rows_total) & (columns < columns_total)
-    index, known = index_of(
-        rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND
-    )
+    index, known = index_of(rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND)
     scale, inv, low, high, _ = grid_of(scale_ptr, zero_point_ptr, index, known, qmin, qmax)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -151,15 +178,23 @@ def backward_kernel(
 
 @triton.jit
 def dequantize_kernel(
-    q_ptr, out_ptr, scale_ptr, zero_point_ptr,
-    rows_total, columns_total, row_length, period, stride, column_length,
-    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    q_ptr,
+    out_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    rows_total,
+    columns_total,
+    row_length,
+    period,
+    stride,
+    column_length,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     rows, columns, _ = block_of(rows_total, columns_total, ROWS, COLUMNS)
     offsets, exists = rows * columns_total + columns, (rows < rows_total) & (columns < columns_total)
-    index, known = index_of(
-        rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND
-    )
+    index, known = index_of(rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND)
     scale = tl.load(scale_ptr + index, mask=known, other=1.0)
     zero_point = tl.load(zero_point_ptr + index, mask=known, other=0).to(tl.float32)
     q = tl.load(q_ptr + offsets, mask=exists).to(tl.float32)
@@ -220,8 +255,16 @@ def fake_quantize(
 
 
 def _forward(
-    x: Tensor, out: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int,
-    matrix: Plan, *, mode: int,
+    x: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    matrix: Plan,
+    *,
+    mode: int,
 ) -> None:
     grid, constants = blocks(matrix, x.device)
     tensors = (x.contiguous(), out, out if mask is None else mask, scale.contiguous(), zero_point.contiguous())
@@ -264,8 +307,15 @@ def fake_quantize_backward(
 
 
 def _backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, matrix: Plan,
-    to_scale: Tensor | None, to_zero_point: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    matrix: Plan,
+    to_scale: Tensor | None,
+    to_zero_point: Tensor | None,
 ) -> Tensor:
     grid, constants = blocks(matrix, x.device)
     out = torch.empty_like(x)

@@ -1,7 +1,7 @@
 """Rounding to the float8 grid on GPUs: by arithmetic, so that it is the same on targets that have no float8."""
 
-# ruff: noqa: ANN001, ANN202, D103 - kernels: Triton reads annotations itself
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastforward_kernels import reference
-from fastforward_kernels.triton import launch
 from fastforward_kernels.triton.fake_quantize import _deliver, _into, _planned, block_of, blocks, index_of
 from fastforward_kernels.triton.numerics import inverse, round_to_float8, to_dtype
 
@@ -25,9 +24,22 @@ FORMATS = {
 
 @triton.jit
 def float8_grid_kernel(
-    x_ptr, out_ptr, scale_ptr, rows_total, columns_total, row_length, period, stride, column_length,
-    KIND: tl.constexpr, RESCALE: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST_EXPONENT: tl.constexpr,
-    LARGEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    rows_total,
+    columns_total,
+    row_length,
+    period,
+    stride,
+    column_length,
+    KIND: tl.constexpr,
+    RESCALE: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    SMALLEST_EXPONENT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     rows, columns, _ = block_of(rows_total, columns_total, ROWS, COLUMNS)
     offsets, exists = rows * columns_total + columns, (rows < rows_total) & (columns < columns_total)

@@ -1,11 +1,11 @@
 """Float8 matrix product on GPUs, with the native flavour of each vendor; anything else is left to the reference.
 
-NVIDIA from sm_89 and AMD gfx950 multiply e4m3fn and e5m2; AMD gfx942 multiplies the fnuz flavours only, and would compute
-the others in half precision without a word.
+NVIDIA from sm_89 and AMD gfx950 multiply e4m3fn and e5m2; AMD gfx942 multiplies the fnuz flavours only, and would
+compute the others in half precision without a word.
 """
 
-# ruff: noqa: ANN001, ANN202, D103 - kernels: Triton reads annotations itself
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 import torch
 import triton
 import triton.language as tl
@@ -24,11 +24,25 @@ NATIVE["interpreter"] = OCP
 
 @triton.jit
 def float8_kernel(
-    x_ptr, weight_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, m, n, k, row_stride, column_stride,
-    BIAS: tl.constexpr, IMPRECISE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    x_scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    m,
+    n,
+    k,
+    row_stride,
+    column_stride,
+    BIAS: tl.constexpr,
+    IMPRECISE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
-    """``x [m, k]`` by ``weight [n, k]``; IMPRECISE is after how many products sm_90 adds to the float32 sum (0: unused)."""
+    """``x [m, k]`` by ``weight [n, k]``; sm_90 adds to the float32 sum after IMPRECISE products (0: n/a)."""
     tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP_M)
     rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_rows, safe_columns, depth = rows % m, columns % n, tl.arange(0, BLOCK_K)

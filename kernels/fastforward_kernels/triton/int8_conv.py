@@ -1,11 +1,12 @@
 """Static int8 convolution on GPUs as an implicit matrix product over channels-last data; depthwise has its own kernel.
 
-Rows are output positions, columns output channels of one group, and the inner axis runs over the window and the channels.
-Positions outside the image are loaded as the activation's zero point, so that the precomputed weight sums stay right.
+Rows are output positions, columns output channels of one group, and the inner axis runs over the window and the
+channels. Positions outside the image are loaded as the activation's zero point, so that the precomputed weight sums
+stay right.
 """
 
-# ruff: noqa: ANN001, ANN202, D103 - kernels: Triton reads annotations itself
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,13 +37,44 @@ def positions(block, total, height_out, width_out, stride_h, stride_w, pad_h, pa
 
 @triton.jit
 def conv_kernel(
-    x_ptr, weight_ptr, out_ptr, x_scale_ptr, x_zero_point_ptr, weight_scale_ptr, weight_zero_point_ptr, sums_ptr,
-    bias_ptr, residual_ptr, out_scale_ptr, out_zero_point_ptr,
-    total, height, width, channels, height_out, width_out, outputs, group_channels, group_outputs,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, WEIGHT_ZERO_POINT: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, REQUANTIZE: tl.constexpr,
-    UNSIGNED_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    x_scale_ptr,
+    x_zero_point_ptr,
+    weight_scale_ptr,
+    weight_zero_point_ptr,
+    sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_scale_ptr,
+    out_zero_point_ptr,
+    total,
+    height,
+    width,
+    channels,
+    height_out,
+    width_out,
+    outputs,
+    group_channels,
+    group_outputs,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    WEIGHT_ZERO_POINT: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    REQUANTIZE: tl.constexpr,
+    UNSIGNED_SHIFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """``x [batch, h, w, channels]``, ``weight [outputs, kernel_h, kernel_w, channels / groups]``."""
     group = tl.program_id(2)
@@ -77,20 +109,67 @@ def conv_kernel(
     exists_out = (rows < total)[:, None] & (local < group_outputs)[None, :]
     offsets = rows[:, None] * outputs + columns[None, :]
     epilogue_of(
-        acc, rows % total, columns, exists_out, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-        out_scale_ptr, out_zero_point_ptr, offsets, 0, 1, BIAS, RESIDUAL, ACTIVATION, REQUANTIZE,
+        acc,
+        rows % total,
+        columns,
+        exists_out,
+        x_scale_ptr,
+        weight_scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        out_scale_ptr,
+        out_zero_point_ptr,
+        offsets,
+        0,
+        1,
+        BIAS,
+        RESIDUAL,
+        ACTIVATION,
+        REQUANTIZE,
     )
 
 
 @triton.jit
 def depthwise_kernel(
-    x_ptr, weight_ptr, out_ptr, x_scale_ptr, x_zero_point_ptr, weight_scale_ptr, weight_zero_point_ptr, sums_ptr,
-    bias_ptr, residual_ptr, out_scale_ptr, out_zero_point_ptr,
-    total, height, width, channels, height_out, width_out, outputs, group_channels, group_outputs,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, WEIGHT_ZERO_POINT: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, REQUANTIZE: tl.constexpr,
-    UNSIGNED_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    x_scale_ptr,
+    x_zero_point_ptr,
+    weight_scale_ptr,
+    weight_zero_point_ptr,
+    sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_scale_ptr,
+    out_zero_point_ptr,
+    total,
+    height,
+    width,
+    channels,
+    height_out,
+    width_out,
+    outputs,
+    group_channels,
+    group_outputs,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    WEIGHT_ZERO_POINT: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    REQUANTIZE: tl.constexpr,
+    UNSIGNED_SHIFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """One input channel per group: no matrix instruction, neighbouring channels in neighbouring lanes."""
     rows, image, top, left = positions(
@@ -115,8 +194,24 @@ def depthwise_kernel(
     exists = (rows < total)[:, None] & (columns < outputs)[None, :]
     offsets = rows[:, None] * outputs + columns[None, :]
     epilogue_of(
-        acc, rows % total, safe_columns, exists, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-        out_scale_ptr, out_zero_point_ptr, offsets, 0, 1, BIAS, RESIDUAL, ACTIVATION, REQUANTIZE,
+        acc,
+        rows % total,
+        safe_columns,
+        exists,
+        x_scale_ptr,
+        weight_scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        out_scale_ptr,
+        out_zero_point_ptr,
+        offsets,
+        0,
+        1,
+        BIAS,
+        RESIDUAL,
+        ACTIVATION,
+        REQUANTIZE,
     )
 
 
@@ -132,10 +227,23 @@ def _channels_last_weight(weight: Tensor) -> Tensor:
 
 
 def int8_conv(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor,
-    weight_zero_point: Tensor | None, weight_sums: Tensor, bias: Tensor | None, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-    activation: str, out_dtype: torch.dtype, out_scale: Tensor | None, out_zero_point: Tensor | None,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> Tensor:
     """See :func:`reference_matmul.int8_conv`."""
     epilogue.check(activation, out_dtype, out_scale)
@@ -154,12 +262,11 @@ def int8_conv(
     if out.numel():
         zeros = torch.zeros((), dtype=torch.int32, device=x.device)
         unused = x_scale
-        after = (bias, _channels_last(residual, one_dimensional), out_scale, zeros if out_zero_point is None else out_zero_point)
+        after = (bias, _channels_last(residual, one_dimensional), out_scale, _or(out_zero_point, zeros))
         _launch(
             (
-                image.permute(0, 2, 3, 1).contiguous(), filters, out, x_scale, zeros if x_zero_point is None else x_zero_point,
-                weight_scale, unused if weight_zero_point is None else weight_zero_point, weight_sums,
-                *(unused if tensor is None else tensor for tensor in after),
+                image.permute(0, 2, 3, 1).contiguous(), filters, out, x_scale, _or(x_zero_point, zeros),
+                weight_scale, _or(weight_zero_point, unused), weight_sums, *(_or(tensor, unused) for tensor in after),
             ),
             (
                 batch * size[0] * size[1], height, width, channels, *size, outputs, group_channels, outputs // groups,
@@ -172,6 +279,10 @@ def int8_conv(
         )  # fmt: skip
     y = out.permute(0, 3, 1, 2)
     return reference.channels_last(y.squeeze(2) if one_dimensional else y)
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    return stand_in if tensor is None else tensor
 
 
 def _channels_last(residual: Tensor | None, one_dimensional: bool) -> Tensor | None:

@@ -1,12 +1,12 @@
 """Static int8 matrix products on GPUs: linear, linear that quantizes on the way in, split along k, and batched.
 
-The sums are exact in int32; zero points are taken off afterwards, with the weight's precomputed sums. The tail of ``k`` is
-masked on the weight's side, so that whatever is loaded for the activation there counts nothing. Unsigned operands are
+The sums are exact in int32; zero points are taken off afterwards, with the weight's precomputed sums. The tail of ``k``
+is masked on the weight's side, so that whatever is loaded for the activation there counts nothing. Unsigned operands are
 moved down by 128 in registers, which also halves the registers that sm_8x needs.
 """
 
-# ruff: noqa: ANN001, ANN202, D103 - kernels: Triton reads annotations itself
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from typing import Any
 
 import torch
@@ -44,9 +44,24 @@ def quantized(x, x_scale_ptr, x_zero_point_ptr, rows, row_stride, exists, qmin, 
 
 @triton.jit
 def epilogue_of(
-    acc, rows, columns, exists, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-    out_scale_ptr, out_zero_point_ptr, offsets, row_stride, column_stride,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, REQUANTIZE: tl.constexpr,
+    acc,
+    rows,
+    columns,
+    exists,
+    x_scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    out_scale_ptr,
+    out_zero_point_ptr,
+    offsets,
+    row_stride,
+    column_stride,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    REQUANTIZE: tl.constexpr,
 ):
     """Rescale, add, activate, convert and store, in the order of ``epilogue.apply``."""
     y = acc.to(tl.float32) * tl.load(x_scale_ptr + rows * row_stride)[:, None]
@@ -62,13 +77,45 @@ def epilogue_of(
 
 @triton.jit
 def matmul_kernel(
-    x_ptr, weight_ptr, out_ptr, x_scale_ptr, x_zero_point_ptr, weight_scale_ptr, weight_zero_point_ptr, sums_ptr,
-    bias_ptr, residual_ptr, out_scale_ptr, out_zero_point_ptr, partial_ptr, qmin, qmax,
-    m, n, k, x_batch, x_row, weight_batch, weight_row, weight_column, row_stride, column_stride, sums_batch,
-    QUANTIZE: tl.constexpr, X_ZERO_POINT: tl.constexpr, WEIGHT_ZERO_POINT: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, REQUANTIZE: tl.constexpr,
-    UNSIGNED_SHIFT: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    x_scale_ptr,
+    x_zero_point_ptr,
+    weight_scale_ptr,
+    weight_zero_point_ptr,
+    sums_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_scale_ptr,
+    out_zero_point_ptr,
+    partial_ptr,
+    qmin,
+    qmax,
+    m,
+    n,
+    k,
+    x_batch,
+    x_row,
+    weight_batch,
+    weight_row,
+    weight_column,
+    row_stride,
+    column_stride,
+    sums_batch,
+    QUANTIZE: tl.constexpr,
+    X_ZERO_POINT: tl.constexpr,
+    WEIGHT_ZERO_POINT: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    REQUANTIZE: tl.constexpr,
+    UNSIGNED_SHIFT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
     """``x [batch, m, k]`` (rows contiguous) by ``weight [batch, n, k]`` with any strides."""
     batch = tl.program_id(2).to(tl.int64)
@@ -100,7 +147,7 @@ def matmul_kernel(
         weight_ptrs += BLOCK_K * SPLIT_K * weight_column
     if X_ZERO_POINT:
         zero = tl.load(x_zero_point_ptr + safe_rows * row_stride) - UNSIGNED_SHIFT
-        if SPLIT_K == 1:
+        if SPLIT_K == 1:  # noqa: SIM114 - known when compiling
             acc -= zero[:, None] * tl.load(sums_ptr + batch * sums_batch + safe_columns)[None, :]
         elif part == 0:
             acc -= zero[:, None] * tl.load(sums_ptr + batch * sums_batch + safe_columns)[None, :]
@@ -112,18 +159,47 @@ def matmul_kernel(
         tl.atomic_add(partial_ptr + offsets, acc, mask=exists, sem="relaxed")
     else:
         epilogue_of(
-            acc, safe_rows, safe_columns, exists, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-            out_scale_ptr, out_zero_point_ptr, offsets, row_stride, column_stride,
-            BIAS, RESIDUAL, ACTIVATION, REQUANTIZE,
+            acc,
+            safe_rows,
+            safe_columns,
+            exists,
+            x_scale_ptr,
+            weight_scale_ptr,
+            bias_ptr,
+            residual_ptr,
+            out_ptr,
+            out_scale_ptr,
+            out_zero_point_ptr,
+            offsets,
+            row_stride,
+            column_stride,
+            BIAS,
+            RESIDUAL,
+            ACTIVATION,
+            REQUANTIZE,
         )
 
 
 @triton.jit
 def finish_kernel(
-    partial_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_point_ptr,
-    m, n, row_stride, column_stride,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, REQUANTIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial_ptr,
+    out_ptr,
+    x_scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_scale_ptr,
+    out_zero_point_ptr,
+    m,
+    n,
+    row_stride,
+    column_stride,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    REQUANTIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """The epilogue of a product that was split along k."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -132,15 +208,35 @@ def finish_kernel(
     offsets = rows.to(tl.int64)[:, None] * n + columns[None, :]
     acc = tl.load(partial_ptr + offsets, mask=exists, other=0)
     epilogue_of(
-        acc, rows % m, columns % n, exists, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-        out_scale_ptr, out_zero_point_ptr, offsets, row_stride, column_stride,
-        BIAS, RESIDUAL, ACTIVATION, REQUANTIZE,
+        acc,
+        rows % m,
+        columns % n,
+        exists,
+        x_scale_ptr,
+        weight_scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        out_scale_ptr,
+        out_zero_point_ptr,
+        offsets,
+        row_stride,
+        column_stride,
+        BIAS,
+        RESIDUAL,
+        ACTIVATION,
+        REQUANTIZE,
     )
 
 
 def _run(
-    x: Tensor, weight: Tensor, out: Tensor, activation_grid: tuple[Any, ...], weight_grid: tuple[Any, ...],
-    after: tuple[Any, ...], grid_of_x: tuple[int, int] | None = None,
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    activation_grid: tuple[Any, ...],
+    weight_grid: tuple[Any, ...],
+    after: tuple[Any, ...],
+    grid_of_x: tuple[int, int] | None = None,
 ) -> Tensor:
     """Launch over ``x [batch, m, k]`` and ``weight [batch, n, k]`` (strided); ``out [batch, m, n]``."""
     x_scale, x_zero_point = activation_grid
@@ -193,16 +289,30 @@ def _splits(batch: int, m: int, n: int, k: int, options: dict[str, Any], device:
 
 
 def int8_linear(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor,
-    weight_zero_point: Tensor | None, weight_sums: Tensor, *after: Any,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sums: Tensor,
+    *after: Any,
 ) -> Tensor:
     """See :func:`reference_matmul.int8_linear`."""
     return _linear(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, weight_sums, after, None)
 
 
 def int8_linear_quantizing(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, qmin: int, qmax: int, weight: Tensor, weight_scale: Tensor,
-    weight_zero_point: Tensor | None, weight_sums: Tensor, *after: Any,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sums: Tensor,
+    *after: Any,
 ) -> Tensor:
     """See :func:`reference_matmul.int8_linear_quantizing`."""
     limits = (qmin, qmax)
@@ -210,8 +320,15 @@ def int8_linear_quantizing(
 
 
 def _linear(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor,
-    weight_zero_point: Tensor | None, weight_sums: Tensor, after: tuple[Any, ...], limits: tuple[int, int] | None,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sums: Tensor,
+    after: tuple[Any, ...],
+    limits: tuple[int, int] | None,
 ) -> Tensor:
     _, _, activation, out_dtype, out_scale, _ = after
     epilogue.check(activation, out_dtype, out_scale)
@@ -236,8 +353,15 @@ def _matching(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor 
 
 
 def int8_matmul(
-    a: Tensor, a_scale: Tensor, a_zero_point: Tensor | None, b: Tensor, b_scale: Tensor, b_zero_point: Tensor | None,
-    out_dtype: torch.dtype, out_scale: Tensor | None, out_zero_point: Tensor | None,
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> Tensor:
     """See :func:`reference_matmul.int8_matmul`; ``b`` is read through its strides, its column sums are taken first."""
     epilogue.check("none", out_dtype, out_scale)

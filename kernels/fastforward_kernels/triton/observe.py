@@ -1,7 +1,7 @@
 """Observation on GPUs: smallest and largest value, histogram. Partial results per program, no float atomics."""
 
-# ruff: noqa: ANN001, ANN202, D103 - kernels: Triton reads annotations itself
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from collections.abc import Sequence
 
 import torch
@@ -27,10 +27,16 @@ def larger(a, b):
 
 @triton.jit
 def min_max_kernel(
-    x_ptr, low_ptr, high_ptr, rows_total, columns_total,
-    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr,
+    low_ptr,
+    high_ptr,
+    rows_total,
+    columns_total,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Write the extremes of this block's rows (KIND 0: ``[rows, column_blocks]``) or columns (``[row_blocks, columns]``)."""
+    """Write the extremes of rows (KIND 0: ``[rows, column_blocks]``) or columns (``[row_blocks, columns]``)."""
     rows, columns, _ = block_of(rows_total, columns_total, ROWS, COLUMNS)
     exists = (rows < rows_total) & (columns < columns_total)
     x = tl.load(x_ptr + rows * columns_total + columns, mask=exists, other=0.0).to(tl.float32)
@@ -49,8 +55,15 @@ def min_max_kernel(
 
 @triton.jit
 def histogram_kernel(
-    x_ptr, counts_ptr, total, low, factor, bins, chunks,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr,
+    counts_ptr,
+    total,
+    low,
+    factor,
+    bins,
+    chunks,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Count ``chunks`` blocks per program, then add to the counts: integer atomics, so the order does not matter."""
     counts = tl.zeros((BINS,), dtype=tl.int32)

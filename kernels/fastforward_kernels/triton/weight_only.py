@@ -1,12 +1,12 @@
 """Floating activations by int4 or int8 weights, dequantized in registers.
 
 Four-bit integers become floats without a conversion instruction: put into the mantissa of 2**23, they are the number
-2**23 + q, and subtracting 2**23 + zero_point is exact. The two halves of a byte are neighbouring columns, so that joining
-them needs no shuffle.
+2**23 + q, and subtracting 2**23 + zero_point is exact. The two halves of a byte are neighbouring columns, so that
+joining them needs no shuffle.
 """
 
-# ruff: noqa: ANN001, ANN202, D103 - kernels: Triton reads annotations itself
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +26,24 @@ def as_float(q):
 
 @triton.jit
 def weight_only_kernel(
-    x_ptr, weight_ptr, out_ptr, scale_ptr, zero_point_ptr, bias_ptr, m, n, k, groups,
-    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, ZERO_POINT: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    bias_ptr,
+    m,
+    n,
+    k,
+    groups,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
     """``x [m, k]`` by ``weight [n, k]`` (or ``[n, k / 2]``); a block along k lies in one group."""
     tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP_M)
@@ -64,7 +79,8 @@ def weight_only_kernel(
     if BIAS:
         acc += tl.load(bias_ptr + safe_columns)[None, :].to(tl.float32)
     exists = (rows < m)[:, None] & (columns < n)[None, :]
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :], to_dtype(acc, out_ptr.dtype.element_ty), exists)
+    offsets = rows.to(tl.int64)[:, None] * n + columns[None, :]
+    tl.store(out_ptr + offsets, to_dtype(acc, out_ptr.dtype.element_ty), mask=exists)
 
 
 def weight_only_linear(
