@@ -82,7 +82,7 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     faster than ``aminmax(dim)`` on CPUs.
     """
     if isinstance(granularity, PerTensor):
-        low, high = torch.aminmax(x)
+        low, high = torch.aminmax(in_storage_order(x))
         return low, high
     if isinstance(granularity, PerChannel):
         kept = granularity.kept_dims(x.dim())
@@ -90,6 +90,14 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
         return (x.amin(dims), x.amax(dims)) if dims else (x, x)
     view, dims, parameter_shape = reduction_view(x, granularity)
     return view.amin(dims).reshape(parameter_shape), view.amax(dims).reshape(parameter_shape)
+
+
+def in_storage_order(x: Tensor) -> Tensor:
+    """Return ``x`` with its axes in the order of memory, which spares reductions a copy of transposed tensors."""
+    if x.is_contiguous():
+        return x
+    strides = x.stride()
+    return x.permute(sorted(range(x.dim()), key=lambda dim: -strides[dim]))
 
 
 @dataclasses.dataclass(frozen=True)
