@@ -25,7 +25,10 @@ endef
 
 demo: $(VENV)/.package
 	$(BIN)/python examples/minilm_int8.py
-	@PYTHON=$(BIN)/python examples/digits_demo.sh
+	@trained=$$(mktemp) && trap 'rm -f "$$trained"' EXIT \
+		&& echo "digits, plain:" && $(BIN)/python examples/train_digits.py --save "$$trained" \
+		&& echo "digits, trained under FF_AUTOQUANT=1:" && FF_AUTOQUANT=1 $(BIN)/python examples/train_digits.py \
+		&& echo "digits, the plain one converted:" && $(BIN)/python examples/digits_int8.py "$$trained"
 
 test: $(VENV)/.package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
