@@ -8,6 +8,7 @@ import torch
 
 from fastforward.exceptions import CalibrationError, QuantizationError, UnsupportedOperatorError
 from fastforward.integer import fusion, onednn
+from fastforward.integer.bypass import bypass_rewriting
 from fastforward.integer.conv import IntegerConv, require_kernel
 from fastforward.integer.embedding import IntegerEmbedding
 from fastforward.integer.grid import Grid, grid_of
@@ -72,6 +73,7 @@ def convert(
     for _, quantizer in _quantizers(model):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
             speed_up(quantizer)
+    bypass_rewriting(model)
     if example_inputs is not None:
         learn(model, example_inputs)
     return model

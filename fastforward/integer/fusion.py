@@ -37,7 +37,7 @@ def activate(x: Any, activation: Activation, inplace: bool = False) -> Any:
     if product is None or product.activation is not NO_ACTIVATION:
         return _on_value(x, activation, inplace)
     if not inplace:
-        return Deferred(product.activated(activation), x.shape)
+        return Deferred(product.activated(activation), x._shape)
     return NotImplemented if x.watched else x.become(product.activated(activation))
 
 
@@ -48,7 +48,7 @@ def _on_value(x: Deferred, activation: Activation, inplace: bool) -> Any:
         return NotImplemented
     if inplace:
         return x.become(value=activation.apply(value))
-    return Deferred(None, x.shape, value=activation.apply(value.clone()), dtype=x.dtype)
+    return Deferred(None, x._shape, value=activation.apply(value.clone()), dtype=x._dtype)
 
 
 @rule(F.relu, torch.relu, Tensor.relu)
@@ -119,7 +119,7 @@ def _batch_norm(
     if product is None or product.activation is not NO_ACTIVATION or not product.layer.channels_first:
         return NotImplemented
     folded = product.layer.folded(product.epilogue, running_mean, running_var, weight, bias, eps)
-    return Deferred(product.normalized(folded), input.shape)
+    return Deferred(product.normalized(folded), input._shape)
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -145,7 +145,7 @@ def _sum(owner: Any, addend: Any) -> Any:
     """Add into the fresh result of ``owner``; nobody else has seen that memory."""
     if type(owner) is not Deferred or owner.pending is None or owner.watched:
         return NotImplemented
-    if not isinstance(addend, Tensor) or addend.shape != owner.shape or addend.dtype != owner.dtype:
+    if not isinstance(addend, Tensor) or addend.shape != owner._shape or addend.dtype != owner._dtype:
         return NotImplemented
     if addend.requires_grad and torch.is_grad_enabled():
         return NotImplemented
@@ -154,13 +154,13 @@ def _sum(owner: Any, addend: Any) -> Any:
         product.layer, product.codes, product.epilogue, product.dtype, product.activation, (*product.fused, "add")
     )
     value = fused.floats().add_(addend.computed() if type(addend) is Deferred else addend)
-    return Deferred(None, owner.shape, value=value, dtype=owner.dtype)
+    return Deferred(None, owner._shape, value=value, dtype=owner._dtype)
 
 
 # ---------------------------------------------------------------- data movement
 @rule(torch.flatten, Tensor.flatten)
 def _flatten(func: Any, input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    shape = tuple(input.shape)
+    shape = tuple(input._shape)
     start, end = start_dim % max(len(shape), 1), end_dim % max(len(shape), 1)
     merged = (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
     return _move(input, lambda x: _contiguous(x).flatten(start_dim, end_dim), merged)
@@ -172,22 +172,22 @@ def _reshape(func: Any, input: Any, *shape: Any) -> Any:
         shape = tuple(shape[0])
     if type(input) is not Deferred or not all(type(size) is int for size in shape):
         return NotImplemented
-    known = -math.prod(shape)
-    if -1 in shape and (known <= 0 or input.numel() % known):
+    numel, known = math.prod(input._shape), -math.prod(shape)
+    if -1 in shape and (known <= 0 or numel % known):
         return NotImplemented
-    full = tuple(input.numel() // known if size == -1 else size for size in shape)
-    if math.prod(full) != input.numel():
+    full = tuple(numel // known if size == -1 else size for size in shape)
+    if math.prod(full) != numel:
         return NotImplemented
     return _move(input, lambda x: _contiguous(x).reshape(full), full)
 
 
 @rule(Tensor.transpose, torch.transpose, Tensor.swapaxes)
 def _transpose(func: Any, input: Any, dim0: int, dim1: int) -> Any:
-    if type(input) is not Deferred:
+    if type(input) is not Deferred or type(dim0) is not int:
         return NotImplemented
-    order = list(range(input.dim()))
+    order = list(range(len(input._shape)))
     order[dim0], order[dim1] = order[dim1], order[dim0]
-    return _move(input, lambda x: x.permute(order), tuple(input.shape[dim] for dim in order), strided=True)
+    return _move(input, lambda x: x.permute(order), tuple(input._shape[dim] for dim in order), strided=True)
 
 
 @rule(Tensor.permute, torch.permute)
@@ -195,7 +195,7 @@ def _permute(func: Any, input: Any, *dims: Any) -> Any:
     order = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else list(dims)
     if type(input) is not Deferred or not all(type(dim) is int for dim in order):
         return NotImplemented
-    return _move(input, lambda x: x.permute(order), tuple(input.shape[dim] for dim in order), strided=True)
+    return _move(input, lambda x: x.permute(order), tuple(input._shape[dim] for dim in order), strided=True)
 
 
 @rule(F.max_pool2d, torch.max_pool2d)
@@ -209,7 +209,7 @@ def _max_pool2d(
     ceil_mode: bool = False,
     **others: Any,
 ) -> Any:
-    if type(input) is not Deferred or input.dim() != 4 or ceil_mode or others.get("return_indices"):
+    if type(input) is not Deferred or len(input._shape) != 4 or ceil_mode or others.get("return_indices"):
         return NotImplemented
     kernel, pad, step = _pair(kernel_size), _pair(padding), _pair(dilation)
     strides = kernel if stride is None or stride == [] else _pair(stride)
@@ -222,9 +222,9 @@ def _max_pool2d(
 
     sizes = tuple(
         (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(input.shape[2:], kernel, strides, pad, step, strict=True)
+        for size, k, s, p, d in zip(input._shape[2:], kernel, strides, pad, step, strict=True)
     )
-    return _move(input, move, (*input.shape[:2], *sizes))
+    return _move(input, move, (*input._shape[:2], *sizes))
 
 
 def _pair(value: Any) -> list[int]:
@@ -267,23 +267,43 @@ def _any_layout(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 # ---------------------------------------------------------------- questions that need no values
-_GETTERS = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
+def _answer(name: str, answer: Callable[[Deferred], Any]) -> None:
+    """Answer the attribute ``name`` from what is remembered: a program asks for shapes at every other line."""
+    RULES[getattr(Tensor, name).__get__] = lambda func, x, *_: answer(x)
 
 
-@rule(
-    *(getattr(Tensor, name).__get__ for name in _GETTERS),
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.__len__,
-    Tensor.is_floating_point,
-    torch.is_floating_point,
-    Tensor.is_inference,
-)
-def _metadata(func: Any, *args: Any, **kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
+_answer("shape", lambda x: x._shape)
+_answer("dtype", lambda x: x._dtype)
+_answer("ndim", lambda x: len(x._shape))
+_answer("device", lambda x: x._device)
+_answer("is_cuda", lambda x: x._device.type == "cuda")
+_answer("layout", lambda x: torch.strided)
+_answer("requires_grad", lambda x: False)
+
+
+@rule(Tensor.size)
+def _size(func: Any, input: Any, dim: int | None = None) -> Any:
+    return input._shape if dim is None else input._shape[dim]
+
+
+@rule(Tensor.dim, Tensor.ndimension)
+def _dim(func: Any, input: Any) -> int:
+    return len(input._shape)
+
+
+@rule(Tensor.__len__)
+def _len(func: Any, input: Any) -> int:
+    return int(input._shape[0]) if input._shape else NotImplemented
+
+
+@rule(Tensor.numel, Tensor.nelement, torch.numel)
+def _numel(func: Any, input: Any) -> int:
+    return math.prod(input._shape)
+
+
+@rule(Tensor.is_floating_point, torch.is_floating_point)
+def _is_floating_point(func: Any, input: Any) -> bool:
+    return True
 
 
 __all__ = ["activate", "call_with_values", "rule"]

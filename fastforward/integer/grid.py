@@ -12,6 +12,7 @@ from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 
 LEVELS = 256
+_BLOCK_ROWS = 256
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -49,9 +50,22 @@ class Grid:
         """``codes`` without the codes kept for a value seen before."""
         x = x.detach()
         if self.inverse_smoothing is not None:
-            x = x * self.inverse_smoothing
+            return self._smoothed(x)
         if x.dtype != torch.float32:
             x = x.float()
+        return self._rounded(x)
+
+    def codes_in_place(self, x: torch.Tensor) -> torch.Tensor:
+        """``codes`` of a float32 tensor that nobody else holds; its values are lost."""
+        return self._rounded(x if self.inverse_smoothing is None else x.mul_(self.inverse_smoothing))
+
+    def _smoothed(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes of the scaled channels of ``x``, a block of rows at a time so that the product stays in the cache."""
+        rows = x.reshape(-1, x.shape[-1])
+        blocks = [self._rounded(block * self.inverse_smoothing) for block in rows.split(_BLOCK_ROWS)]
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(x.shape)
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         codes = quantize_uint8(x, self.scale, self.zero_point)
         return codes if self.highest == LEVELS - 1 else codes.clamp_(max=self.highest)
 

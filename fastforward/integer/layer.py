@@ -129,12 +129,10 @@ class IntegerLayer(torch.nn.Module):
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The input as uint8 codes on this layer's grid."""
         if type(x) is Deferred:
-            self.record.source = "float32" if x.floats_wanted() else "uint8"
-            if self.grid.inverse_smoothing is None:
-                return x.codes(self.grid)
-            x = x.materialize()
-        else:
-            self.record.source = "float32"
+            floats = self.grid.inverse_smoothing is not None or x.floats_wanted()
+            self.record.source = "float32" if floats else "uint8"
+            return x.codes(self.grid)
+        self.record.source = "float32"
         return self.grid.codes(x)
 
     def compute(

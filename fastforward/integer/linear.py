@@ -28,6 +28,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     _kernels: dict[tuple[int, bool], str]
     backend: str
     measures: bool
+    _float_wins: bool
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, grid: Grid | None = None, *, keep_float: bool = False) -> "IntegerLinear":
@@ -54,7 +55,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
         if torch.compiler.is_compiling():
             return self._traced(input)
-        if self._kernels.get((input.numel() // self.in_features, False)) == "float":
+        if self._float_wins and self._kernels.get((input.numel() // self.in_features, False)) == "float":
             return torch.nn.functional.linear(input, self._dense(input.dtype), self.bias)
         codes = self.codes(input)
         if self.defers:
@@ -87,7 +88,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     def start(self, backend: str = "auto", *, measure: bool = False) -> None:
         """Fix the kernel, or have it chosen per number of rows: by measurement, or from the table of defaults."""
         self.backend, self.measures = backend, measure
-        self._kernels = {}
+        self._kernels, self._float_wins = {}, False
 
     def _choose(
         self, use: tuple[int, bool], codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
@@ -102,6 +103,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         else:
             kernel = "int_mm" if use[0] <= onednn.SMALL_ROWS else "onednn"
         self._kernels[use] = self.record.kernel = kernel
+        self._float_wins = self._float_wins or kernel == "float"
         return "int_mm" if kernel == "float" else kernel
 
     def _candidates(
