@@ -1,0 +1,80 @@
+"""Operators that the source does not show: found at a call site at run time, with stubs made on the first call."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastforward.autoquant.sites import Site
+
+if TYPE_CHECKING:
+    from fastforward.autoquant.optable import Operator
+    from fastforward.autoquant.scope import Scope
+
+
+def apply(quantizer: Any, value: Any) -> Any:
+    """Quantize ``value``: a tensor, or the tensors of a list or tuple; anything else passes through."""
+    if isinstance(value, torch.Tensor):
+        return quantizer(value)
+    if type(value) in (list, tuple):
+        return type(value)(apply(quantizer, item) for item in value)
+    return value
+
+
+class DynamicOperator:
+    """An operator that the source did not show (a registry entry, a function passed as a value), at one call site."""
+
+    __slots__ = ("active", "names", "operator", "scope")
+
+    def __init__(self, scope: "Scope", number: int, found: "Operator") -> None:
+        self.scope, self.operator = scope, found
+        self.names: dict[str, str] = {}
+        self.active: dict[str, Any] = {}
+        if scope.owner is None:
+            return
+        line = scope.unit.call_lines[number]
+        for site in dynamic_sites(found, line, scope.unit.call_path(number)):
+            self.names[site.argument or ""] = scope.owner._ff_add_stub(scope.full_name(site.name), site, scope.unit)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Recompute which of the stubs are active quantizers."""
+        owner = self.scope.owner
+        quantizers = {name: owner.__dict__.get(attribute) for name, attribute in self.names.items()}
+        live = owner is not None and owner._stubs_live
+        self.active = {name: q for name, q in quantizers.items() if q is not None and (live or not q.is_stub())}
+
+    def __call__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            return function(*args, **kwargs)
+        if isinstance(getattr(function, "__self__", None), torch.Tensor):
+            receiver, *rest = self._positional((function.__self__, *args))
+            function, args = getattr(receiver, function.__name__), tuple(rest)
+        else:
+            args = self._positional(args)
+        kwargs = {name: self._quantized(name, value) for name, value in kwargs.items()}
+        return self._quantized("", function(*args, **kwargs))
+
+    def _positional(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [parameter.name for parameter in self.operator.parameters]
+        return tuple(
+            self._quantized(names[index], value) if index < len(names) else value for index, value in enumerate(args)
+        )
+
+    def _quantized(self, name: str, value: Any) -> Any:
+        quantizer = self.active.get(name)
+        return value if quantizer is None else apply(quantizer, value)
+
+
+def dynamic_sites(found: "Operator", line: int, path: tuple[int, ...]) -> list[Site]:
+    """The sites of an operator known only at run time: its quantized operands, then its result."""
+    suffix = "".join(f"_{number}" for number in path)
+    sites = []
+    for parameter in found.parameters:
+        if parameter.quantized or parameter.maybe_quantized:
+            role = f"parameter/{parameter.name}" if parameter.name in ("weight", "bias") else "activation/input"
+            name = f"quantizer_{found.identifier}_{parameter.name}{suffix}"
+            sites.append(Site(parameter.name, role, found.identifier, parameter.name, line, 0, name=name))
+    if found.output_quantized:
+        name = f"quantizer_{found.identifier}{suffix}"
+        sites.append(Site(found.identifier, "activation/output", found.identifier, None, line, 0, name=name))
+    return sites
