@@ -126,7 +126,7 @@ class Scope:
         quantizer = self.owner.__dict__.get(self.names[index]) if self.owner is not None else None
         return operator(*args, output_quantizer=quantizer, **kwargs)
 
-    def call(self, number: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, number: int, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call something whose nature is known only now."""
         if torch.compiler.is_compiling():
             return self.call_compiled(number, function, args, kwargs)
