@@ -53,7 +53,8 @@ class Toggle:
         session = self.known[key] if key in self.known else self._consider(module)
         if session is None:
             return self.original(module, *args, **kwargs)
-        return session.run(lambda: self.original(module, *args, **kwargs), _unwrapped(module).training)
+        call = functools.partial(self.original, module)
+        return session.run(call, args, kwargs, _unwrapped(module).training)
 
     def _consider(self, module: torch.nn.Module) -> "Session | None":
         """Decide about a module that was never called before: a root, or nothing to us."""
@@ -156,6 +157,7 @@ def _wrap_module_call(toggle: Toggle) -> None:
 def _say_goodbye(toggle: Toggle) -> None:
     # A worker process that never calls a model has nothing to tell; the program itself has.
     if toggle.sessions or toggle.left_alone or multiprocessing.parent_process() is None:
-        from fastforward.toggle_summary import summary
+        from fastforward.toggle_summary import summary, write_reports
 
         print(summary(toggle.settings, toggle.sessions, toggle.left_alone), file=sys.stderr)
+        write_reports(toggle.settings, toggle.sessions)

@@ -6,10 +6,11 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from fastforward.calibration.batches import Call
 from fastforward.calibration.choose import automatic, uses_by_quantizer
 from fastforward.calibration.flow import Flow, eager
 from fastforward.calibration.recorder import FlowRecorder
@@ -22,6 +23,7 @@ from fastforward.nn.quantizer import Quantizer
 from fastforward.selection import schemes
 from fastforward.selection.config import QuantizationConfig
 from fastforward.selection.scheme import Scheme
+from fastforward.toggle_debug import show_choices, show_modules
 from fastforward.toggle_settings import Settings
 
 
@@ -38,13 +40,18 @@ class Session:
         flow: The recorded call that did most of the work.
         coverage: What it says about the quantizers there are now; None until a call has finished.
         quantized_modules: How many modules have a quantizer.
+        failure: Why the root could not be quantized further; empty if it could.
+        kept: For the report at exit: the root and the input of its first call. None unless a report is asked for.
     """
+
+    _recording: ClassVar[bool] = False  # one at a time: a root may be called within another
 
     def __init__(self, root: torch.nn.Module, settings: Settings) -> None:
         self.name = f"{type(root).__module__}.{type(root).__qualname__}"
         self.settings = settings
         self._running = False
         self.phase = _phase_of(root) or Phase()
+        self._selection = _selection(settings.scheme)
         self._root = weakref.ref(root)
         self._recorded = 0
         self._observed = 0
@@ -52,25 +59,31 @@ class Session:
         self.flow: Flow | None = None
         self.coverage: Coverage | None = None
         self.quantized_modules = 0
+        self.failure = ""
+        self.kept: tuple[torch.nn.Module, Call] | None = None
         quantize_rest(root, settings.left_out(root))
+        if settings.debug:
+            show_modules(root, self.name)
 
     @property
     def root(self) -> torch.nn.Module | None:
         """The root module, unless the program has dropped it."""
         return self._root()
 
-    def run(self, call: Callable[[], Any], training: bool) -> Any:
-        """Let the program's call of the root happen in the mode that is due."""
+    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Any:
+        """Let the program's ``call(*args, **kwargs)`` of the root happen in the mode that is due."""
         root = self._root()
-        if self._running or root is None:  # a root that calls itself
-            return call()
+        if self._running or Session._recording or root is None:  # a root that calls itself, or is called by another
+            return call(*args, **kwargs)
         self._running = True
         try:
             self._choose_phase(training)
             if self._recorded >= self.settings.calibration:
-                return call()
+                return call(*args, **kwargs)
             self._recorded += 1
-            return self._record(root, call)
+            if self.settings.report and self.kept is None:
+                self.kept = root, Call(args, kwargs)
+            return self._record(root, lambda: call(*args, **kwargs))
         finally:
             self._running = False
 
@@ -98,20 +111,30 @@ class Session:
         """Run the call with the flow of values recorded, then put quantizers where it shows that they belong."""
         samples = Samples()
         recorder = FlowRecorder(root, listener=samples)
-        # What the program compiled runs as plain Python meanwhile; loading the compiler for that alone is not worth it.
-        with eager() if "torch._dynamo" in sys.modules else contextlib.nullcontext(), recorder:
-            result = call()
-            recorder.output(result)
+        Session._recording = True
+        try:
+            # What the program compiled runs as plain Python meanwhile; the compiler is not loaded for that alone.
+            with eager() if "torch._dynamo" in sys.modules else contextlib.nullcontext(), recorder:
+                result = call()
+                recorder.output(result)
+        finally:
+            Session._recording = False
         flow = recorder.flow()
         if self.flow is None or flow.macs >= self.flow.macs:
             self.flow = flow
-        self._place(root, flow, samples)
-        self._take_stock(root)
+        try:
+            self._place(root, flow, samples)
+            self._take_stock(root)
+        except Exception as error:  # the program goes on in float, and is told at its end
+            self.failure = f"{type(error).__name__}: {error}"
+            self._recorded = self.settings.calibration
         return result
 
     def _place(self, root: torch.nn.Module, flow: Flow, samples: Samples) -> None:
-        choices = _selection(self.settings.scheme).apply(root, flow.governing())
+        choices = self._selection.apply(root, flow.governing())
         placed = {choice.site: choice.quantizer for choice in choices if choice.quantizer is not None}
+        if self.settings.debug:
+            show_choices(choice for choice in choices if self._recorded == 1 or choice.quantizer is not None)
         observer_for = automatic(flow, samples)
         uses = uses_by_quantizer(flow, samples, {})
         for site, quantizer in placed.items():

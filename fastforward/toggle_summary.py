@@ -1,8 +1,12 @@
 """The last words of a program under the toggle: what was quantized, and what was not and why."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fastforward.diagnostics.covering import Coverage
+from fastforward.diagnostics.reporting import report
+from fastforward.exceptions import FastForwardError
 from fastforward.toggle_session import Session
 from fastforward.toggle_settings import Settings
 
@@ -25,7 +29,7 @@ def summary(settings: Settings, sessions: Sequence[Session], left_alone: Mapping
 def _describe(session: Session) -> str:
     coverage = session.coverage
     if coverage is None:
-        return f"{session.name} stays float (no call of it ended)"
+        return f"{session.name} stays float ({session.failure or 'no call of it ended'})"
     operators = coverage.multiplying
     done = sum(row.quantized for row in operators)
     text = (
@@ -35,6 +39,8 @@ def _describe(session: Session) -> str:
     notes = [_float_operators(coverage)] if done < len(operators) else []
     if session.phase.observing:
         notes.append(f"still observing: fewer than {session.settings.calibration} batches in eval mode")
+    if session.failure:
+        notes.append(session.failure)
     if session.phase.refused:
         notes.append(f"{session.phase.refused} tensors with NaN or infinity were not observed")
     return f"{text} ({'; '.join(notes)})" if notes else text
@@ -43,3 +49,19 @@ def _describe(session: Session) -> str:
 def _float_operators(coverage: Coverage) -> str:
     worst = max((row for row in coverage.multiplying if not row.quantized), key=lambda row: row.macs)
     return f"float, for example: {worst.operator} at {worst.place}, {worst.reason or 'no site'}"
+
+
+def write_reports(settings: Settings, sessions: Sequence[Session]) -> None:
+    """Write the report of each root: of the first to the path asked for, of the others beside it with a number."""
+    if settings.report is None:
+        return
+    path = Path(settings.report)
+    for number, session in enumerate((s for s in sessions if s.kept is not None), 1):
+        assert session.kept is not None
+        root, batch = session.kept
+        session.settle()
+        target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        try:
+            report(root, [batch], target)
+        except (FastForwardError, OSError) as error:
+            print(f"fastforward: no report on {session.name}: {error}", file=sys.stderr)
