@@ -68,11 +68,13 @@ def block_of(rows_total, columns_total, ROWS: tl.constexpr, COLUMNS: tl.constexp
 def index_of(rows, columns, rows_total, columns_total, row_length, period, stride, column_length, KIND: tl.constexpr):
     """Return the parameters' index of each row, column or element, and which of them exist."""
     if KIND == 0:
-        return rows % period, rows < rows_total
-    if KIND == 1:
-        return columns, columns < columns_total
-    index = (rows // row_length % period) * stride + columns // column_length
-    return index, (rows < rows_total) & (columns < columns_total)
+        index, known = rows % period, rows < rows_total
+    elif KIND == 1:
+        index, known = columns, columns < columns_total
+    else:
+        index = (rows // row_length % period) * stride + columns // column_length
+        known = (rows < rows_total) & (columns < columns_total)
+    return index, known
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Static int8 matrix products on GPUs: linear, linear that quantizes on the way in, split along k, and batched.
 
 The sums are exact in int32; zero points are taken off afterwards, with the weight's precomputed sums. The tail of ``k``
-is masked on the weight's side, so that whatever is loaded for the activation there counts nothing. Unsigned operands are
-moved down by 128 in registers, which also halves the registers that sm_8x needs.
+is masked on the weight's side, so that whatever is loaded for the activation there counts nothing. Unsigned operands
+are moved down by 128 in registers, which also halves the registers that sm_8x needs.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
@@ -124,24 +124,24 @@ def matmul_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_rows, safe_columns = rows % m, columns % n
-    depth = part * BLOCK_K + tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_K)
+    depth = part * BLOCK_K + lane
     x_ptrs = x_ptr + batch * x_batch + safe_rows.to(tl.int64)[:, None] * x_row + depth[None, :]
     weight_ptrs = weight_ptr + batch * weight_batch + safe_columns.to(tl.int64)[None, :] * weight_row
     weight_ptrs += depth[:, None] * weight_column
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     row_sums = tl.zeros((BLOCK_M,), dtype=tl.int32)
     for start in range(part * BLOCK_K, k, BLOCK_K * SPLIT_K):
-        left = k - start - tl.arange(0, BLOCK_K)
-        weight = tl.load(weight_ptrs, mask=left[:, None] > 0, other=0)
-        x = tl.load(x_ptrs, mask=left[None, :] > 0, other=0)
+        exists = lane < k - start
+        weight = tl.load(weight_ptrs, mask=exists[:, None], other=0)
+        x = tl.load(x_ptrs, mask=exists[None, :], other=0)
         if QUANTIZE:
-            exists = left[None, :] > 0
-            q = quantized(x, x_scale_ptr, x_zero_point_ptr, safe_rows, row_stride, exists, qmin, qmax)
+            q = quantized(x, x_scale_ptr, x_zero_point_ptr, safe_rows, row_stride, exists[None, :], qmin, qmax)
             x8 = (q - UNSIGNED_SHIFT).to(tl.int8)
         else:
             x8 = signed(x)
         if WEIGHT_ZERO_POINT:
-            row_sums += tl.sum(tl.where(left[None, :] > 0, x8.to(tl.int32), 0), axis=1)
+            row_sums += tl.sum(tl.where(exists[None, :], x8.to(tl.int32), 0), axis=1)
         acc = tl.dot(x8, weight, acc, out_dtype=tl.int32)
         x_ptrs += BLOCK_K * SPLIT_K
         weight_ptrs += BLOCK_K * SPLIT_K * weight_column
@@ -153,16 +153,16 @@ def matmul_kernel(
             acc -= zero[:, None] * tl.load(sums_ptr + batch * sums_batch + safe_columns)[None, :]
     if WEIGHT_ZERO_POINT:
         acc -= row_sums[:, None] * tl.load(weight_zero_point_ptr + safe_columns * column_stride)[None, :]
-    exists = (rows < m)[:, None] & (columns < n)[None, :]
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
     offsets = (batch * m + rows.to(tl.int64))[:, None] * n + columns[None, :]
     if SPLIT_K > 1:
-        tl.atomic_add(partial_ptr + offsets, acc, mask=exists, sem="relaxed")
+        tl.atomic_add(partial_ptr + offsets, acc, mask=inside, sem="relaxed")
     else:
         epilogue_of(
             acc,
             safe_rows,
             safe_columns,
-            exists,
+            inside,
             x_scale_ptr,
             weight_scale_ptr,
             bias_ptr,

@@ -86,13 +86,17 @@ def finished(y, out_scale_ptr, out_zero_point_ptr, dtype: tl.constexpr, REQUANTI
         low: tl.constexpr = -128.0 if dtype == tl.int8 else 0.0
         high: tl.constexpr = 127.0 if dtype == tl.int8 else 255.0
         shifted = y * inverse(tl.load(out_scale_ptr)) + tl.load(out_zero_point_ptr).to(tl.float32)
-        return rint(clamp(shifted, low, high)).to(tl.int32).to(dtype)
-    return to_dtype(y, dtype)
+        result = rint(clamp(shifted, low, high)).to(tl.int32).to(dtype)
+    else:
+        result = to_dtype(y, dtype)
+    return result
 
 
 @triton.jit
 def signed(q):
     """Return 8-bit integers as int8; unsigned ones are moved down by 128 (their zero point must be, too)."""
     if q.dtype == tl.uint8:
-        return (q ^ 128).to(tl.int8, bitcast=True)
-    return q
+        moved = (q ^ 128).to(tl.int8, bitcast=True)
+    else:
+        moved = q
+    return moved
