@@ -123,6 +123,8 @@ def _module_text(
     text = ModuleText(engine, use_type_inference, dropped)
     for cls in classes_to_render(module):
         try:
+            if cls is not type(module) and not is_importable(cls):
+                raise AutoquantError(_not_importable([cls]))
             text.add_class(cls, only_with_sites=cls.__module__.startswith("torch.nn."))
         except AutoquantError as error:
             if cls is type(module):
@@ -153,11 +155,15 @@ def _check_importable(text: ModuleText, needed: bool) -> None:
     local = [cls for cls in text.stubs if not is_importable(cls)]
     if not local:
         return
-    names = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in local)
-    msg = f"the generated module cannot import {names}: define the class at the top level of a module"
+    msg = _not_importable(local)
     if needed:
         raise AutoquantError(msg)
     warnings.warn(msg, QuantizationWarning, stacklevel=3)
+
+
+def _not_importable(classes: Iterable[type]) -> str:
+    names = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
+    return f"a generated module cannot import {names}: define the class at the top level of a module"
 
 
 def import_code(code: str, name: str) -> types.ModuleType:

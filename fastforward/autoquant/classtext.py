@@ -61,6 +61,7 @@ class ModuleText:
         self.stubs: dict[type, dict[str, SiteKey]] = {}
         self._functions: dict[tuple[int, type | None], tuple[str, ast.stmt | None]] = {}
         self._threaded: dict[tuple[int, type | None], TextUnit] = {}
+        self._direct_names: set[str] = set()
 
     def tree(self) -> ast.Module:
         """The module: imports, helpers, classes."""
@@ -94,6 +95,7 @@ class ModuleText:
         name = self.imports.reserve(f"Quantized{base.rpartition('.')[2]}")
         self.stubs[cls] = {attribute: quantizer.key for attribute, quantizer in stubs.items()}
         self._threaded = {}
+        self._direct_names = {method.name for method in methods}
         body: list[ast.stmt] = [_init_quantization(stubs)]
         body += [self._direct(method) for method in methods]
         body += self._threaded_methods(cls)
@@ -179,7 +181,7 @@ class ModuleText:
         """What calls the quantized form of a callee; None to call it as before."""
         name = callee.unit.function.__name__
         if callee.how == "method":
-            if direct == "forward" and not callee.path and not callee.recursive:
+            if direct == "forward" and not callee.path and not callee.recursive and name in self._direct_names:
                 return None  # the method takes its quantizers from the instance, under the same names
             self._threaded[id(callee.unit.function.__code__), callee.unit.owner] = callee.unit
             return ast.Attribute(ast.Name(caller.self_name, ast.Load()), f"quantized_{name}", ast.Load())

@@ -17,6 +17,8 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from fastforward.autoquant.helpers import Callee, TextUnit
 from fastforward.autoquant.imports import Imports, attribute, dotted, is_importable
 from fastforward.autoquant.marks import CallMark
@@ -283,6 +285,8 @@ class TextRewriter(ast.NodeTransformer):
         self.generic_visit(node)
         if known is not None:
             return self.helper_call(node, known)
+        if target is torch.backends.mha.get_fastpath_enabled and self.unit.self_name:
+            return ast.Call(dotted("fastforward.nn.fastpath_enabled"), [ast.Name(self.unit.self_name, ast.Load())], [])
         if mark is None or mark.site is None or mark.operator is None:
             return node
         if mark.kind == "operator" and _same_arguments(mark, target, node):

@@ -52,6 +52,7 @@ _LAYERS = {
 
 _NAMES = {
     "QuantizedModule": "module",
+    "fastpath_enabled": "fastpath",
     "quantized_module_map": "module",
     "quantize_model": "conversion",
     "dequantize_model": "conversion",

@@ -281,6 +281,6 @@ class Recurrent(nn.Module):
 
 CASES = [
     Base, Super, Inherited, Methods, Property, Closure, Comprehension, Control, Match, With, InPlace, Walrus, Chained,
-    Order, Helpers, Recursion, Generator, Variadic, Decorated, Lists, TensorMethods, Functionals, LocalImport, Outer.Nested,
-    Parent, Recurrent,
+    Order, Helpers, Recursion, Generator, Variadic, Decorated, Lists, TensorMethods, Functionals, LocalImport,
+    Outer.Nested, Parent, Recurrent,
 ]  # fmt: skip
