@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, NamedTuple
 from fastforward.autoquant import sites as roles
 from fastforward.autoquant.liveness import Liveness
 from fastforward.autoquant.optable import Operator, OperatorTable
+from fastforward.autoquant.schema import Parameter
 from fastforward.autoquant.sites import Site, name_sites
 from fastforward.autoquant.source import FunctionNode
 
@@ -380,12 +381,22 @@ class _Marker:
     def operands(self, node: ast.Call, operator: Operator, method: bool) -> None:
         """Mark every quantized operand of a call."""
         positional = [node.func.value] if method and isinstance(node.func, ast.Attribute) else []
-        pairs = list(zip([*positional, *node.args], operator.parameters, strict=False))
+        numbered = enumerate([*positional, *node.args])
+        pairs = [(expression, p) for n, expression in numbered if (p := operator.parameter_at(n)) is not None]
         by_name = {parameter.name: parameter for parameter in operator.parameters}
         pairs += [(k.value, by_name[k.arg]) for k in node.keywords if k.arg in by_name]
         for expression, parameter in pairs:
-            if parameter.quantized or parameter.maybe_quantized:
+            if not (parameter.quantized or parameter.maybe_quantized):
+                continue
+            if parameter.name in operator.multiplied and self._is_container(expression, parameter):
+                self.quantize_inline(expression, Use(operator.identifier, parameter.name))
+            else:
                 self.operand(expression, operator, parameter.name)
+
+    def _is_container(self, expression: ast.expr, parameter: Parameter) -> bool:
+        """Whether a name stands for a tuple or list of operands (an LSTM cell's state)."""
+        is_name = isinstance(expression, (ast.Name, ast.Attribute))
+        return is_name and parameter.param_type.container and not self.context.may_be_tensor(expression)
 
     def operand(self, expression: ast.expr, operator: Operator, argument: str) -> None:
         """Make sure that ``expression``, read by ``operator``, is governed by a quantizer."""
@@ -583,6 +594,8 @@ def _scan_node(node: ast.AST, frame: Frame) -> None:
         frame.locals.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
     elif isinstance(node, ast.Call):
         frame.inline_only.update(_changed_by_call(node))
+    elif isinstance(node, ast.Compare):
+        frame.inline_only.update(_identified(node))
     for child in ast.iter_child_nodes(node):
         _scan_node(child, frame)
 
@@ -592,6 +605,15 @@ def _changed(target: ast.expr) -> set[str]:
     while isinstance(target, (ast.Subscript, ast.Attribute)):
         target = target.value
     return {target.id} if isinstance(target, ast.Name) else set()
+
+
+def _identified(node: ast.Compare) -> set[str]:
+    """Names compared by identity with each other (``if key is value:``): quantized copies would compare differently."""
+    if not any(isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops):
+        return set()
+    sides = [node.left, *node.comparators]
+    names = {side.id for side in sides if isinstance(side, ast.Name)}
+    return names if not any(isinstance(side, ast.Constant) for side in sides) else set()
 
 
 def _changed_by_call(node: ast.Call) -> set[str]:
