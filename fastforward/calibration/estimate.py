@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from fastforward.calibration.min_max import MinMax
+from fastforward.calibration.min_max import MinMax, forget_latest
 from fastforward.calibration.observer import Observer
 from fastforward.exceptions import CalibrationError, QuantizationWarning
 from fastforward.nn.quantizer import OverrideHandle, Quantizer
@@ -119,6 +119,7 @@ class RangeEstimation:
         """Stop observing; ranges stay as they are from here on."""
         for site in self.sites.values():
             site.detach()
+        forget_latest()
 
     def merge_processes(self) -> None:
         """Give every process of ``torch.distributed`` the observations of all, in one collective."""

@@ -1,5 +1,7 @@
 """Observers that follow the smallest and largest value: overall, by moving average, by mean of batches."""
 
+from typing import Any
+
 import torch
 import torch.distributed
 from torch import Tensor
@@ -7,7 +9,7 @@ from typing_extensions import Self
 
 from fastforward.calibration.observer import Observer
 from fastforward.exceptions import CalibrationError
-from fastforward.quantization.granularity import min_max
+from fastforward.quantization.granularity import Granularity, min_max
 
 
 class _Extrema(Observer):
@@ -23,8 +25,11 @@ class _Extrema(Observer):
         self.register_buffer("high", torch.empty(0))
 
     def update(self, x: Tensor) -> None:
-        low, high = (bound.to(torch.float32) for bound in min_max(x, self.granularity))
-        self.require_finite(low, high)  # NaN survives amin and amax, so the few extrema tell about all values
+        low, high = extrema_of(x, self.granularity)
+        if low.dtype != torch.float32:
+            low, high = low.to(torch.float32), high.to(torch.float32)
+        if not low.is_cuda:  # there, looking would wait for the GPU at every step: compute_range looks
+            self.require_finite(low, high)  # NaN survives amin and amax, so the few extrema tell about all values
         if self._observed == 0 and self.low.numel() == 0:
             self.start(low, high)
             return
@@ -52,6 +57,7 @@ class _Extrema(Observer):
         return low.amin(0, keepdim=True), high.amax(0, keepdim=True)
 
     def compute_range(self) -> tuple[Tensor, Tensor]:
+        self.require_finite(self.low, self.high)
         return self.low, self.high
 
 
@@ -59,8 +65,8 @@ class MinMax(_Extrema):
     """The smallest and largest value of all batches. Merging is exact, associative and commutative."""
 
     def follow(self, low: Tensor, high: Tensor) -> None:
-        self.low = torch.minimum(self.low, low)
-        self.high = torch.maximum(self.high, high)
+        torch.minimum(self.low, low, out=self.low)
+        torch.maximum(self.high, high, out=self.high)
 
     def absorb(self, other: Self) -> None:
         low, high = other.low, other.high
@@ -120,6 +126,31 @@ class MeanMinMax(_Extrema):
 
     def compute_range(self) -> tuple[Tensor, Tensor]:
         return (self.low / self.batches).to(torch.float32), (self.high / self.batches).to(torch.float32)
+
+
+class _Latest:
+    """The extrema of the tensor looked at last: query, key and value layers observe one and the same input.
+
+    The tensor is held, so that its memory cannot come back as another one's while the entry stands.
+    """
+
+    entry: tuple[Any, Tensor, tuple[Tensor, Tensor]] | None = None
+
+
+def extrema_of(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Return the extrema of each block of ``x``, from memory if ``x`` was the last tensor asked about."""
+    if x.is_inference():  # has no version to tell whether it was changed in place
+        return min_max(x, granularity)
+    key = (granularity, x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device)
+    latest = _Latest.entry
+    if latest is None or latest[0] != key:
+        latest = _Latest.entry = (key, x, min_max(x, granularity))
+    return latest[2]
+
+
+def forget_latest() -> None:
+    """Let go of the tensor that ``extrema_of`` remembers."""
+    _Latest.entry = None
 
 
 def extrema_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,14 +83,14 @@ class Observer(LazyBuffers):
             self.take_in(x)
         return x
 
-    @torch.no_grad()
     def take_in(self, x: Tensor) -> None:
         """Check and take in one batch."""
         data = x.detach()
         if not self.checks_values:
             self.require_finite(*torch.aminmax(data))
-        self.update(data)
-        self.batches += 1
+        with torch.inference_mode(mode=False):  # a buffer made in inference mode could never be changed outside it
+            self.update(data)
+            self.batches.add_(1)
         self._observed += 1
 
     def require_finite(self, low: Tensor, high: Tensor) -> None:
