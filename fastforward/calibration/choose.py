@@ -6,10 +6,10 @@ a sample of its operands.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from fastforward.calibration.error_grid import MeanSquaredError
 from fastforward.calibration.estimate import ObserverFactory, RangeSettable
@@ -60,50 +60,57 @@ class Use:
 
 
 class Candidates(Observer):
-    """Several observers at one site; the judge says whose range is taken.
+    """One histogram per site, several ways to read a range from it; the judge says which is taken.
 
     Args:
-        observers: The candidates; the first is the one to beat.
-        judge: Gets one quantizing function per candidate and returns the number of the best.
+        judge: Gets one quantizing function per way, and returns the number of the best; min-max is number 0.
+
+    Attributes:
+        chosen: What was taken: ``"min-max"``, ``"percentile 99.99"``, ``"percentile 99.9"`` or ``"mse"``.
     """
 
-    checks_values = True  # each candidate checks
+    checks_values = True  # the histogram checks
 
-    def __init__(self, observers: Iterable[Observer], judge: Judge) -> None:
+    def __init__(self, judge: Judge) -> None:
         super().__init__()
-        self.observers = torch.nn.ModuleList(observers)
+        self.histogram = Histogram(method="mse", candidates=32)
         self.judge = judge
-        self.chosen: Observer | None = None
+        self.chosen: str | None = None
+        self._range: tuple[Tensor, Tensor] | None = None
 
-    def bind(self, granularity: Granularity, grid: Grid, site: str) -> "Candidates":
-        super().bind(granularity, grid, site)
-        for observer in self._each():
-            observer.bind(granularity, grid, site)
-        return self
-
-    def _each(self) -> list[Observer]:
-        return [observer for observer in self.observers if isinstance(observer, Observer)]
+    def bind(self, granularity: Granularity, grid: Grid, site: str) -> Self:
+        """Say whose range this observer estimates."""
+        self.histogram.bind(granularity, grid, site)
+        return super().bind(granularity, grid, site)
 
     def update(self, x: Tensor) -> None:
-        for observer in self._each():
-            observer(x)
+        """Take in one batch."""
+        self.histogram(x)
+        self.chosen = self._range = None
+
+    def absorb(self, other: Self) -> None:
+        """Add what ``other`` has seen."""
+        self.histogram.absorb(other.histogram)
+        self.chosen = self._range = None
 
     def compute_range(self) -> tuple[Tensor, Tensor]:
-        return self._best().compute_range()
+        """The range whose rounding the judge prefers."""
+        if self._range is None:
+            ranges = dict(self.ranges())
+            roundings = [self._rounding(*self.grid.parameters_for_range(*bounds)) for bounds in ranges.values()]
+            self.chosen = list(ranges)[self.judge(roundings)]
+            self._range = ranges[self.chosen]
+        return self._range
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        self.require_data()
-        return self._best().calculate_qparams()
-
-    def absorb(self, other: "Candidates") -> None:
-        merged = [mine.merge(theirs) for mine, theirs in zip(self._each(), other._each(), strict=True)]
-        self.observers = torch.nn.ModuleList(merged)
-
-    def _best(self) -> Observer:
-        if self.chosen is None:
-            parameters = [observer.calculate_qparams() for observer in self._each()]
-            self.chosen = self._each()[self.judge([self._rounding(*pair) for pair in parameters])]
-        return self.chosen
+    def ranges(self) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Every candidate by name."""
+        yield "min-max", (self.histogram.extremes[0], self.histogram.extremes[1])
+        for share in (99.99, 99.9):
+            percentile = Percentile(share).bind(self.granularity, self.grid, self.site)
+            percentile.load_state_dict(self.histogram.state_dict())
+            percentile.parameter_shape = self.histogram.parameter_shape
+            yield f"percentile {share}", percentile.compute_range()
+        yield "mse", self.histogram.compute_range()
 
     def _rounding(self, scale: Tensor, zero_point: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: self.grid.round(x.float(), scale, zero_point).to(x.dtype)
@@ -127,7 +134,7 @@ def automatic(
             return MeanSquaredError() if few_bits else MinMax()
         if name not in uses or not isinstance(quantizer, RangeSettable) or not isinstance(quantizer.granularity, PerTensor):
             return MinMax()
-        return Candidates((MinMax(), Percentile(99.99), Histogram(method="mse", candidates=32)), _judge(uses[name]))
+        return Candidates(_judge(uses[name]))
 
     return make
 

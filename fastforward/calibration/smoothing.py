@@ -94,6 +94,7 @@ def divisor(rows: Tensor, strength: float) -> Tensor:
     return scale / scale.log().mean().exp()
 
 
+@torch.no_grad()
 def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS) -> float:
     """The strength of least output error on held-out rows; no smoothing where there are too few rows to tell."""
     rows = group.rows.float()

@@ -1,0 +1,181 @@
+"""Smoothing, weight rounding, bias correction and batch-norm folding: each makes rounding cost less, or costs nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastforward as ff
+from fastforward.calibration.smoothing import best_strength, divisor
+from fastforward.calibration.steps import STEPS, require_known
+from fastforward.selection import schemes
+
+
+def with_steps(*steps: str) -> schemes.Scheme:
+    return schemes.get("w8a8").with_changes(steps=steps)
+
+
+def outlier_data(batches: int = 8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.ones(32)
+    scale[:3] = torch.tensor([40.0, 25.0, 60.0])
+    return [torch.randn(64, 32, generator=generator) * scale for _ in range(batches)]
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16))
+
+
+def quality(scheme: schemes.Scheme, held_out: int = 2) -> float:
+    data, model = outlier_data(), mlp()
+    expected = [model(x) for x in data[-held_out:]]
+    ff.quantize(model, data[:-held_out], scheme=scheme, progress=False)
+    return ff.sqnr(expected, [model(x) for x in data[-held_out:]])
+
+
+def test_smoothing_helps_where_few_channels_are_large() -> None:
+    assert quality(with_steps("smooth")) > quality(with_steps()) + 6
+
+
+def test_every_step_together_is_better_than_smoothing_alone() -> None:
+    assert quality(with_steps(*STEPS)) > quality(with_steps("smooth"))
+
+
+def test_smoothing_cancels_in_float() -> None:
+    data, model = outlier_data(), mlp()
+    expected = model(data[0])
+    ff.quantize(model, data, scheme=with_steps("smooth"), progress=False)
+    assert model[0].smoothing is not None
+    with ff.disable_quantization(model):
+        torch.testing.assert_close(model(data[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_share_an_input_share_smoothing_and_range() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 8), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.relu(x)
+            return self.a(h) + self.b(h)
+
+    model = Both()
+    ff.quantize(model, outlier_data(), progress=False)
+    assert torch.equal(model.a.smoothing, model.b.smoothing)
+    assert torch.equal(model.a.input_quantizer.scale, model.b.input_quantizer.scale)
+    assert torch.equal(model.a.input_quantizer.zero_point, model.b.input_quantizer.zero_point)
+
+
+def test_no_smoothing_where_it_cannot_help() -> None:
+    from fastforward.calibration.smoothing import SmoothingGroup
+
+    layer = nn.Linear(32, 8)
+    ff.quantize_model(layer)
+    schemes.get("w8a8").apply(layer)
+    rows = (torch.randint(0, 2, (256, 32)) * 2 - 1).float()
+    assert best_strength(SmoothingGroup({"": layer}, rows)) == 0.0
+    assert best_strength(SmoothingGroup({"": layer}, rows[:4] * torch.arange(1, 33))) == 0.0, "too few rows to tell"
+
+
+def test_the_divisor_has_geometric_mean_one() -> None:
+    scale = divisor(outlier_data(1)[0], 0.7)
+    assert float(scale.log().mean()) == pytest.approx(0, abs=1e-6)
+    assert float(scale[2]) > float(scale[10])
+
+
+def test_rounded_weights_lie_on_the_grid_and_cost_less_output() -> None:
+    torch.manual_seed(0)
+    mixing = torch.randn(32, 32) * torch.logspace(0, -2, 32)
+    data = [torch.randn(128, 32) @ mixing for _ in range(4)]
+    float_layer = nn.Linear(32, 16)
+    errors = {}
+    for steps in ((), ("round_weights",)):
+        layer = nn.Linear(32, 16)
+        layer.load_state_dict(float_layer.state_dict())
+        scheme = schemes.get("w4").with_changes(steps=steps)
+        ff.quantize(layer, data, scheme=scheme, progress=False)
+        errors[steps] = ff.sqnr([float_layer(x) for x in data], [layer(x) for x in data])
+        if steps:
+            torch.testing.assert_close(layer.weight_quantizer(layer.weight), layer.weight)
+    assert errors[("round_weights",)] > errors[()] + 1
+
+
+def test_shared_weights_are_not_rounded() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.table(tokens)))
+
+    model = Tied()
+    before = model.table.weight.detach().clone()
+    ff.quantize(model, [torch.arange(20)[None]], scheme=with_steps("round_weights"), progress=False)
+    assert torch.equal(model.table.weight, before)
+
+
+def test_bias_correction_removes_the_mean_error() -> None:
+    torch.manual_seed(0)
+    data = [torch.rand(256, 32) ** 4 for _ in range(2)]
+    float_layer = nn.Linear(32, 16)
+    means = {}
+    for steps in ((), ("correct_bias",)):
+        layer = nn.Linear(32, 16)
+        layer.load_state_dict(float_layer.state_dict())
+        scheme = schemes.get("w4a4").with_changes(steps=steps)
+        ff.quantize(layer, data, scheme=scheme, progress=False)
+        means[steps] = float((layer(data[0]) - float_layer(data[0])).mean(0).abs().max())
+    assert means[("correct_bias",)] < means[()] / 3
+
+
+def test_bias_correction_of_convolutions() -> None:
+    torch.manual_seed(0)
+    data = [torch.rand(4, 3, 8, 8) ** 4]
+    float_layer = nn.Conv2d(3, 8, 3)
+    layer = nn.Conv2d(3, 8, 3)
+    layer.load_state_dict(float_layer.state_dict())
+    ff.quantize(layer, data, scheme=schemes.get("w4a4").with_changes(steps=("correct_bias",)), progress=False)
+    error = (layer(data[0]) - float_layer(data[0])).mean((0, 2, 3))
+    assert float(error.abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_folding_a_batch_norm_changes_nothing_in_float(bias: bool, affine: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8, affine=affine), nn.ReLU()).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    if affine:
+        nn.init.normal_(model[1].weight)
+        nn.init.normal_(model[1].bias)
+    x = torch.randn(4, 3, 8, 8)
+    expected = model(x)
+    ff.quantize(model, [x], scheme=with_steps("fold_batch_norm"), progress=False)
+    assert float(model[1].running_mean.abs().max()) == 0
+    with ff.disable_quantization(model):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_norm_whose_input_is_used_elsewhere_too_is_not_folded() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    model = Skip().eval()
+    model.norm.running_mean.fill_(1.0)
+    ff.quantize(model, [torch.randn(2, 3, 4, 4)], scheme=with_steps("fold_batch_norm"), progress=False)
+    assert float(model.norm.running_mean.mean()) == 1.0
+
+
+def test_unknown_steps_are_named() -> None:
+    with pytest.raises(ValueError, match="polish.*known steps.*smooth"):
+        require_known(["polish"])
