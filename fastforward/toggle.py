@@ -109,7 +109,7 @@ def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
 def _why_no_root(module: torch.nn.Module) -> str | None:
     """None if ``module`` can be a root; otherwise why not, empty where that is no news."""
-    if not any(p.is_floating_point() and p.dim() > 1 for p in module.parameters()) and not _is_lazy(module):
+    if not _is_lazy(module) and not any(p.is_floating_point() and p.dim() > 1 for p in module.parameters()):
         return ""
     if getattr(module, "_is_replica", False):
         return "DataParallel makes new copies at every call; use DistributedDataParallel"
@@ -159,5 +159,7 @@ def _say_goodbye(toggle: Toggle) -> None:
     if toggle.sessions or toggle.left_alone or multiprocessing.parent_process() is None:
         from fastforward.toggle_summary import summary, write_reports
 
+        for session in toggle.sessions:
+            session.finish()
         print(summary(toggle.settings, toggle.sessions, toggle.left_alone), file=sys.stderr)
         write_reports(toggle.settings, toggle.sessions)

@@ -17,9 +17,10 @@ from fastforward.calibration.recorder import FlowRecorder
 from fastforward.calibration.samples import Samples
 from fastforward.calibration.tracking import Phase, RangeTracking, make_tracking
 from fastforward.diagnostics.covering import Coverage, from_flow
+from fastforward.exceptions import QuantizationError
 from fastforward.nn.conversion import quantize_model
 from fastforward.nn.module import QuantizedModule
-from fastforward.nn.quantizer import Quantizer
+from fastforward.nn.quantizer import Quantizer, QuantizerStub
 from fastforward.selection import schemes
 from fastforward.selection.config import QuantizationConfig
 from fastforward.selection.scheme import Scheme
@@ -56,12 +57,14 @@ class Session:
         self._recorded = 0
         self._observed = 0
         self._trained = False
+        self._pending: tuple[torch.nn.Module, Flow, Samples] | None = None
         self.flow: Flow | None = None
         self.coverage: Coverage | None = None
         self.quantized_modules = 0
         self.failure = ""
         self.kept: tuple[torch.nn.Module, Call] | None = None
-        quantize_rest(root, settings.left_out(root))
+        with torch.inference_mode(False):
+            quantize_rest(root, settings.left_out(root))
         if settings.debug:
             show_modules(root, self.name)
 
@@ -77,6 +80,7 @@ class Session:
             return call(*args, **kwargs)
         self._running = True
         try:
+            self._place_pending()
             self._choose_phase(training)
             if self._recorded >= self.settings.calibration:
                 return call(*args, **kwargs)
@@ -119,35 +123,65 @@ class Session:
                 recorder.output(result)
         finally:
             Session._recording = False
-        flow = recorder.flow()
-        if self.flow is None or flow.macs >= self.flow.macs:
-            self.flow = flow
-        try:
-            self._place(root, flow, samples)
-            self._take_stock(root)
-        except Exception as error:  # the program goes on in float, and is told at its end
-            self.failure = f"{type(error).__name__}: {error}"
-            self._recorded = self.settings.calibration
+        self._pending = root, recorder.flow(), samples
+        # Activation checkpointing repeats parts of the call in the backward pass: until then nothing may change.
+        if not torch.is_grad_enabled():
+            self._place_pending()
         return result
+
+    def finish(self) -> None:
+        """At the end of the program: record no more, and turn what was seen into quantizers and ranges."""
+        self._recorded = self.settings.calibration
+        self._place_pending()
+
+    def _place_pending(self) -> None:
+        if self._pending is None:
+            return
+        root, flow, samples = self._pending
+        self._pending = None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._place(root, flow, samples)
+        except Exception as error:  # the program goes on in float, and is told at its end
+            self._give_up(root, f"{type(error).__name__}: {error}")
+        self._take_stock(root, flow)
 
     def _place(self, root: torch.nn.Module, flow: Flow, samples: Samples) -> None:
         choices = self._selection.apply(root, flow.governing())
-        placed = {choice.site: choice.quantizer for choice in choices if choice.quantizer is not None}
         if self.settings.debug:
-            show_choices(choice for choice in choices if self._recorded == 1 or choice.quantizer is not None)
+            show_choices(choice for choice in choices if self.flow is None or choice.quantizer is not None)
         observer_for = automatic(flow, samples)
         uses = uses_by_quantizer(flow, samples, {})
-        for site, quantizer in placed.items():
-            if not make_tracking(quantizer, self.phase) or not self.phase.observing:
+        for choice in choices:
+            quantizer = choice.quantizer
+            if quantizer is None or not make_tracking(quantizer, self.phase):
                 continue
             assert isinstance(quantizer, RangeTracking)
-            quantizer.observe_with(observer_for(site, quantizer))
-            quantizer.look_at(call.arguments[use.argument] for use in uses.get(site, ()) for call in use.calls)
+            if self.phase.observing:
+                quantizer.observe_with(observer_for(choice.site, quantizer))
+                kept = [call.arguments[use.argument] for use in uses.get(choice.site, ()) for call in use.calls]
+                quantizer.look_at(kept)
+        helpless = [choice.site for choice in choices if choice.quantizer and not _finds_its_range(choice.quantizer)]
+        if helpless:
+            msg = (
+                f"{helpless[0]} has a quantizer whose range the toggle cannot find; quantize the model with ff.quantize"
+            )
+            raise QuantizationError(msg)
 
-    def _take_stock(self, root: torch.nn.Module) -> None:
+    def _give_up(self, root: torch.nn.Module, reason: str) -> None:
+        """Leave the root usable: quantizers that nobody will calibrate make way for stubs."""
+        self.failure = reason
+        self._recorded = self.settings.calibration
+        for module in root.modules():
+            for name, quantizer in module.own_quantizers().items() if isinstance(module, QuantizedModule) else ():
+                if not _finds_its_range(quantizer):
+                    setattr(module, name, QuantizerStub(metadata=quantizer.quant_metadata))
+
+    def _take_stock(self, root: torch.nn.Module, flow: Flow) -> None:
         """Note how the root stands, while it is certainly there: the program may drop it before the end."""
-        if self.flow is not None:
-            self.coverage = from_flow(root, _with_present_quantizers(self.flow, root))
+        if self.flow is None or flow.macs >= self.flow.macs:
+            self.flow = flow
+        self.coverage = from_flow(root, _with_present_quantizers(self.flow, root))
         modules = [module for module in root.modules() if isinstance(module, QuantizedModule)]
         self.quantized_modules = sum(
             any(not quantizer.is_stub() for quantizer in module.own_quantizers().values()) for module in modules
@@ -180,6 +214,10 @@ def quantize_rest(module: torch.nn.Module, left_out: Callable[[str, torch.nn.Mod
         quantize_rest(child, left_out, f"{path}.{name}" if path else name)
     if not isinstance(module, QuantizedModule):
         quantize_model(module, recursive=False, skip=skip)
+
+
+def _finds_its_range(quantizer: Quantizer) -> bool:
+    return isinstance(quantizer, RangeTracking) or quantizer.is_calibrated
 
 
 def _selection(scheme: str) -> Scheme | QuantizationConfig:

@@ -49,20 +49,26 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 def levels(model: nn.Module, x: torch.Tensor) -> int:
-    """How many different values the first linear layer multiplies."""
+    """How many different values the last linear layer multiplies."""
     seen: list[int] = []
     original = nn.functional.linear
 
-    def linear(x: torch.Tensor, *args: object) -> torch.Tensor:
-        seen.append(len(x.detach().unique()))
-        return original(x, *args)
+    def linear(input: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(len(input.detach().unique()))
+        return original(input, *args, **kwargs)
 
     nn.functional.linear = linear
     try:
         model(x)
     finally:
         nn.functional.linear = original
-    return seen[0]
+    return seen[-1]
+
+
+def last_words(toggle: Toggle) -> str:
+    for session in toggle.sessions:
+        session.finish()
+    return summary(toggle.settings, toggle.sessions, toggle.left_alone)
 
 
 def train(model: nn.Module, steps: int = 6) -> None:
@@ -151,7 +157,7 @@ def test_nan_passes_and_is_reported(start: Start) -> None:
     for _ in range(CALIBRATION):
         model(torch.randn(64, 8))
     assert torch.isfinite(model.body[0].input_quantizer.scale).all()
-    assert "NaN or infinity" in summary(toggle.settings, toggle.sessions, toggle.left_alone)
+    assert "NaN or infinity" in last_words(toggle)
 
 
 def test_checkpointed_modules_see_the_same_ranges_twice(start: Start) -> None:
@@ -279,6 +285,7 @@ def test_include_and_exclude(start: Start, settings: dict[str, tuple[str, ...]],
     model(torch.randn(64, 8))
     layers = {"body.0": model.body[0], "head": model.head}
     assert [name for name, layer in layers.items() if isinstance(layer, QuantizedModule)] == quantized
+    model(torch.randn(64, 8))
     assert [name for name, layer in layers.items() if is_quantized(layer)] == quantized
 
 
@@ -287,7 +294,7 @@ def test_scripted_and_traced_modules_are_named_at_the_end(start: Start) -> None:
     toggle = start()
     scripted(torch.randn(4, 8))
     traced(torch.randn(4, 8))
-    text = summary(toggle.settings, toggle.sessions, toggle.left_alone)
+    text = last_words(toggle)
     assert "ScriptModule" in text and "traced graph" in text
 
 
@@ -297,7 +304,7 @@ def test_summary_counts_modules_operators_and_macs(start: Start) -> None:
     model = Net()
     model(torch.randn(64, 8))
     del model
-    text = summary(toggle.settings, toggle.sessions, toggle.left_alone)
+    text = last_words(toggle)
     assert text.startswith("fastforward: w8a8: ")
     assert "2 modules, 2 of 2 operators, 100.0% of multiply-accumulates quantized" in text
 
@@ -305,7 +312,7 @@ def test_summary_counts_modules_operators_and_macs(start: Start) -> None:
 def test_summary_says_that_nothing_was_quantized(start: Start) -> None:
     toggle = start()
     nn.ReLU()(torch.zeros(1))
-    assert "nothing was quantized" in summary(toggle.settings, toggle.sessions, toggle.left_alone)
+    assert "nothing was quantized" in last_words(toggle)
 
 
 def test_an_unknown_scheme_leaves_the_program_in_float_and_says_so(start: Start) -> None:
@@ -314,7 +321,7 @@ def test_an_unknown_scheme_leaves_the_program_in_float_and_says_so(start: Start)
     wanted = model(x)
     toggle = start(scheme="w9a9")
     assert torch.equal(model(x), wanted)
-    assert "unknown scheme 'w9a9'" in summary(toggle.settings, toggle.sessions, toggle.left_alone)
+    assert "unknown scheme 'w9a9'" in last_words(toggle)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w8", "w8a8_dynamic", "fp8", "w8a16"])
@@ -332,7 +339,7 @@ def test_configuration_file(start: Start, tmp_path: object) -> None:
     path.write_text(ff.QuantizationConfig("w4a8").to_yaml())
     model = Net()
     start(scheme=str(path))
-    model(torch.randn(64, 8))
+    train(model)
     assert model.head.weight_quantizer.num_bits == 4
 
 
@@ -341,14 +348,16 @@ def test_report_is_written_for_each_root(start: Start, tmp_path: object) -> None
     for model in (Net(), nn.Linear(8, 2)):
         model(torch.randn(64, 8))
     del model
+    last_words(toggle)
     write_reports(toggle.settings, toggle.sessions)
     assert "Net" in (tmp_path / "page.html").read_text()
     assert "Linear" in (tmp_path / "page-2.html").read_text()
 
 
 def test_debug_prints_modules_sites_and_reasons(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    start(debug=True)
+    toggle = start(debug=True)
     Net()(torch.randn(64, 8))
+    last_words(toggle)
     printed = capsys.readouterr().err
     for wanted in ("Net (rewritten in memory)", "head: QuantizedLinear (hand-written)", "bias of linear: added in"):
         assert wanted in printed
