@@ -63,7 +63,7 @@ def quantize_model(
         >>> type(model).__name__
         'QuantizedLinear'
     """
-    _check_model(model)
+    _check_model(model, recursive)
     engine = engine_for(operator_table, replacement_patterns)
     modules = list(model.named_modules()) if recursive else [("", model)]
     chosen = [
@@ -178,11 +178,11 @@ def companion_for(cls: type[torch.nn.Module], engine: Engine | None = None) -> t
     return made
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, recursive: bool) -> None:
     if not isinstance(model, torch.nn.Module):
         msg = f"quantize_model: expected a torch.nn.Module, got {type(model).__name__}"
         raise TypeError(msg)
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if recursive else [("", model)]:
         where = f"module {path!r}" if path else "the model"
         if isinstance(module, (QuantizedModule, Quantizer)):
             kind = type(module).__name__
