@@ -66,7 +66,7 @@ class ObservedSite:
             if self._simulate:
                 self.apply(self.observer.calculate_qparams())
         # Another object, as from a quantizer: code that asks `key is value` takes the same branch in both cases.
-        result: Tensor = inner(*args, **kwargs) if self._simulate else torch.ops.aten.alias(x)
+        result: Tensor = inner(*args, **kwargs) if self._simulate else x.view_as(x)
         return result
 
     def _move_to(self, device: torch.device) -> None:

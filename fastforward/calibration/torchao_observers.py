@@ -10,8 +10,8 @@ from typing_extensions import Self
 
 from fastforward.calibration.min_max import MinMax
 from fastforward.calibration.observer import Observer
-from fastforward.quantization.affine import Grid
 from fastforward.exceptions import CalibrationError
+from fastforward.quantization.affine import Grid
 from fastforward.quantization.granularity import Granularity, PerTensor, rows_by_block
 from fastforward.quantization.mapping import MappingType, ZeroPointDomain, choose_qparams, quant_bounds
 

@@ -7,6 +7,7 @@ Quantizers are plain attributes, not entries of ``_modules``: code of the user t
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -94,7 +95,7 @@ class QuantizedModule(torch.nn.Module):
     def _quantizers_changed(self) -> None:
         """Recompute what depends on which quantizers are active: the float fast path and the scopes."""
         live = self._stubs_live
-        active = live or any(not quantizer.is_stub() for quantizer in self.own_quantizers().values())
+        active = live or any(not q.is_stub() or q.overrides for q in self.own_quantizers().values())
         object.__setattr__(self, "_float_only", not active)
         for scope in self.__dict__.get("_ff_scopes", {}).values():
             scope.refresh()
@@ -103,12 +104,18 @@ class QuantizedModule(torch.nn.Module):
         if isinstance(value, Quantizer):
             describe_by_name(name, value)
             object.__setattr__(self, name, value)
+            value._owner_changed = weakref.WeakMethod(self._quantizers_changed)
             self._quantizers_changed()
         else:
             super().__setattr__(name, value)
             if isinstance(self.__dict__.get(name), Quantizer):
                 del self.__dict__[name]
                 self._quantizers_changed()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for quantizer in self.own_quantizers().values():
+            quantizer._owner_changed = weakref.WeakMethod(self._quantizers_changed)
 
     def __delattr__(self, name: str) -> None:
         removed = self.__dict__.get(name)

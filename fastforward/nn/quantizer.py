@@ -5,7 +5,6 @@ returns what it is given. Both carry metadata that says what the site is, so tha
 """
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -150,8 +149,8 @@ class Quantizer(torch.nn.Module):
 
     quant_metadata: QuantizerMetadata
     _overrides: dict[int, Override]
-    _owner_changed: Callable[[], None] | None
-    """Bound method of the owning module, called when overrides come or go; set by the owner."""
+    _owner_changed: Callable[[], Callable[[], None] | None] | None
+    """Weak reference to a method of the owning module, called when overrides come or go; set by the owner."""
 
     def __init__(self, metadata: QuantizerMetadata | None = None) -> None:
         state = self.__dict__
@@ -231,8 +230,9 @@ class Quantizer(torch.nn.Module):
             self._notify()
 
     def _notify(self) -> None:
-        if self._owner_changed is not None:
-            self._owner_changed()
+        changed = None if self._owner_changed is None else self._owner_changed()
+        if changed is not None:
+            changed()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._overrides:
@@ -241,17 +241,7 @@ class Quantizer(torch.nn.Module):
                 "'with' block that observes or disables it first"
             )
             raise QuantizationError(msg)
-        return self.__dict__.copy()
-
-    def __deepcopy__(self: _Q, memo: dict[int, Any]) -> _Q:
-        state = self.__getstate__()
-        owner = getattr(self._owner_changed, "__self__", None)
-        if id(owner) not in memo:  # copied on its own: the copy has no owner, and must not bring the model along
-            state["_owner_changed"] = None
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(state, memo))
-        return new
+        return {**self.__dict__, "_owner_changed": None}  # the owner of a copy makes itself known to it
 
     def _uncalibrated(self) -> CalibrationError:
         msg = (
