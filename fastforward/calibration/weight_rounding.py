@@ -15,6 +15,7 @@ from fastforward.quantization.granularity import PerChannel, PerGroup, blocked
 DAMPING = 0.2
 """Added to the diagonal of the inputs' covariance, relative to its mean: with a few thousand rows less overfits."""
 _BLOCK = 64
+_ROUNDOFF = 1e-6  # what is left of constant inputs once their mean is taken out
 
 
 def can_round(inputs: LinearInputs) -> bool:
@@ -76,7 +77,7 @@ def _feedback(rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     centred = rows - rows.mean(0)
     covariance = centred.t() @ centred
     diagonal = covariance.diagonal()
-    diagonal += damping * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    diagonal += torch.maximum(damping * diagonal.mean(), _ROUNDOFF * rows.square().sum(0).mean()).clamp_min(_ROUNDOFF)
     order = diagonal.argsort(descending=True)
     covariance = covariance[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
