@@ -165,8 +165,9 @@ def quantized_matmul(a: Any, b: Any) -> Tensor:
         return torch.matmul(plain(a), plain(b))
     simple = a.is_per_tensor() and b.is_per_tensor() and {a.int_data.dtype, b.int_data.dtype} <= set(BYTES)
     if simple and not torch.compiler.is_compiling():
-        factors = [part for x in (a, b) for part in (x.int_data, x.scale.to(torch.float32), _integers(x))]
-        return kernels.int8_matmul(*factors, out_dtype=a.dtype)
+        left = (a.int_data, a.scale.to(torch.float32), _integers(a))
+        right = (b.int_data, b.scale.to(torch.float32), _integers(b))
+        return kernels.int8_matmul(*left, *right, out_dtype=a.dtype)
     products = [quantized_matmul(x, y) for x, y in zip(a.unbind(0), b.unbind(0), strict=True)]
     return torch.stack(products)
 
