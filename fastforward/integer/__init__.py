@@ -7,7 +7,7 @@ _NAMES = {
     "convert": "convert",
     "explain": "explain",
     "supported": "explain",
-    "export": "export",
+    "export": "exporting",
     "IntegerLinear": "linear",
     "IntegerConv1d": "conv",
     "IntegerConv2d": "conv",
