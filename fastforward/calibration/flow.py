@@ -26,8 +26,8 @@ class Operand:
     Attributes:
         argument: Its name in the operator's schema.
         kind: ``"weight"`` if it comes from a parameter alone, otherwise ``"activation"``.
-        quantizer: Full name of the last stub or quantizer its value passed, with only data movement since; ``None`` if
-            there is no such place.
+        quantizer: Full name of the last quantizer its value passed, or else of the last stub, with only data movement
+            since; ``None`` if there is no such place.
         active: Whether that one is a quantizer rather than a stub.
         channel_axis: Axis of a weight that becomes the output's channels, in the tensor that the quantizer sees.
         shape: Shape of that tensor, for a weight.

@@ -60,7 +60,7 @@ class Trace:
     producer: int | None = None
 
     def governing(self, alive: Callable[[object], bool]) -> Passage | None:
-        """The passage that an operator in the running code reads from.
+        """The passage that an operator in the running code reads from: the last quantizer, or else the last stub.
 
         A stub returns the object it was given. So a tensor carries the stubs of every function it was handed to, and
         those of functions that have returned say nothing about later uses. The last stub of code that is still
@@ -68,6 +68,9 @@ class Trace:
         """
         if not self.passages:
             return None
+        for passage in reversed(self.passages):
+            if not passage.quantizer.is_stub():
+                return passage
         for passage in reversed(self.passages):
             if alive(passage.context):
                 return passage
