@@ -4,6 +4,7 @@ import ast
 import builtins
 import sys
 import types
+import typing  # noqa: F401 - looked up below
 from typing import Any
 
 _MISSING = object()
@@ -53,6 +54,8 @@ class Imports:
             return self._renamed(name, self.module(value.__name__, name))
         if isinstance(value, (type, types.FunctionType)) and _is_importable(value):
             return self._renamed(name, self.object(value, name))
+        if getattr(sys.modules["typing"], name, _MISSING) is value:
+            return self._renamed(name, self._from("typing", name, name, value))
         owner = module_globals.get("__name__", "")
         if getattr(sys.modules.get(owner), name, _MISSING) is not value:
             return None
@@ -72,11 +75,15 @@ class Imports:
         """Import a class or function by name; returns the expression text for it (``Outer.Inner`` for nested ones)."""
         top, _, rest = value.__qualname__.partition(".")
         owner = getattr(sys.modules[value.__module__], top)
-        alias = self._free(wanted if wanted and not rest else top, owner)
-        names = self._froms.setdefault(value.__module__, [])
-        if (top, alias) not in names:
-            names.append((top, alias))
+        alias = self._from(value.__module__, top, wanted if wanted and not rest else top, owner)
         return f"{alias}.{rest}" if rest else alias
+
+    def _from(self, module: str, name: str, wanted: str, value: Any) -> str:
+        alias = self._free(wanted, value)
+        names = self._froms.setdefault(module, [])
+        if (name, alias) not in names:
+            names.append((name, alias))
+        return alias
 
     def reserve(self, name: str) -> str:
         """A name for something that the generated module defines: ``name``, or with a number if that is taken."""
@@ -103,7 +110,20 @@ def dotted(text: str) -> ast.expr:
 def attribute(module: str, name: str, imports: Imports) -> ast.expr:
     """``module.name``, which sees later changes of the module's global."""
     imports.module(module)
-    return dotted(f"{module}.{name}")
+    if _reached(module) is sys.modules.get(module):
+        return dotted(f"{module}.{name}")
+    # A package may hold something else under the name of its submodule.
+    imports.module("sys")
+    return dotted(f"sys.modules[{module!r}].{name}")
+
+
+def _reached(module: str) -> Any:
+    """What the dotted name of a module means after importing it."""
+    top, *parts = module.split(".")
+    found: Any = sys.modules.get(top)
+    for part in parts:
+        found = getattr(found, part, None)
+    return found
 
 
 def is_builtin(name: str) -> bool:

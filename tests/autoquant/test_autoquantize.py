@@ -231,3 +231,11 @@ def test_show_source_takes_classes_instances_and_options(capsys: pytest.CaptureF
     assert "quantizer_add" not in capsys.readouterr().out
     with pytest.raises(TypeError, match="show_source"):
         ff.show_source(3)
+
+
+def test_the_function_is_found_whatever_was_imported_before() -> None:
+    import importlib
+
+    for name in ("generate", "show", "patterns"):
+        importlib.import_module(f"fastforward.autoquant.{name}")
+    assert callable(ff.autoquant.autoquantize) and callable(ff.autoquantize) and callable(ff.show_source)
