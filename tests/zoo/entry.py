@@ -21,7 +21,9 @@ class Entry:
         inputs: Makes ``(args, kwargs)`` for evaluation.
         train_inputs: The same for training mode, where a model wants something else (targets, a larger batch).
         ci: Part of the spread that every test run takes.
-        train: Whether training mode is checked; if not, ``why_not_train`` says why.
+        why_not_train: Reason why training mode is not checked.
+        multiplies: Whether it multiplies and accumulates at all.
+        outside: Floating operators known to run outside any site; ``why_outside`` says why that is right.
     """
 
     name: str
@@ -31,6 +33,9 @@ class Entry:
     train_inputs: Callable[[], Inputs] | None = None
     ci: bool = False
     why_not_train: str = ""
+    multiplies: bool = True
+    outside: int = 0
+    why_outside: str = ""
 
     def make(self, seed: int = 0) -> torch.nn.Module:
         """The model in evaluation mode, the same weights for the same seed."""

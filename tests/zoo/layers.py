@@ -94,7 +94,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] =
     "LSTMCell": (lambda: nn.LSTMCell(8, 6), ((2, 8),)),
     "GRUCell": (lambda: nn.GRUCell(8, 6), ((2, 8),)),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True), (_FEATURES,) * 3),
-    "MultiheadAttention kdim": (lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, add_bias_kv=True), (_FEATURES, (3, 5, 6), (3, 5, 4))),
+    "MultiheadAttention kdim": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, add_bias_kv=True),
+        (_FEATURES, (3, 5, 6), (3, 5, 4)),
+    ),
     "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (_FEATURES,)),
     "TransformerEncoder": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
@@ -127,15 +130,35 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] =
     "CrossEntropyLoss": (lambda: _Fixed(nn.CrossEntropyLoss(label_smoothing=0.1), torch.tensor([1, 0])), ((2, 8),)),
     "NLLLoss": (lambda: _Fixed(nn.NLLLoss(), torch.tensor([1, 0])), ((2, 8),)),
     "MultiMarginLoss": (lambda: _Fixed(nn.MultiMarginLoss(), torch.tensor([1, 0])), ((2, 8),)),
-    "MultiLabelMarginLoss": (lambda: _Fixed(nn.MultiLabelMarginLoss(), torch.tensor([[1, 0, -1], [2, -1, 0]])), ((2, 3),)),
-    "MultiLabelSoftMarginLoss": (lambda: _Fixed(nn.MultiLabelSoftMarginLoss(), torch.tensor([[1.0, 0, 1], [0, 1, 0]])), ((2, 3),)),
+    "MultiLabelMarginLoss": (
+        lambda: _Fixed(nn.MultiLabelMarginLoss(), torch.tensor([[1, 0, -1], [2, -1, 0]])),
+        ((2, 3),),
+    ),
+    "MultiLabelSoftMarginLoss": (
+        lambda: _Fixed(nn.MultiLabelSoftMarginLoss(), torch.tensor([[1.0, 0, 1], [0, 1, 0]])),
+        ((2, 3),),
+    ),
     "CTCLoss": (lambda: _Ctc(), ((6, 2, 5),)),
     "parametrized Linear": (lambda: _normed(nn.utils.parametrizations.weight_norm), (_FEATURES,)),
     "spectral norm": (lambda: _normed(nn.utils.parametrizations.spectral_norm), (_FEATURES,)),
     "old spectral norm": (lambda: _normed(nn.utils.spectral_norm), (_FEATURES,)),
     "orthogonal Linear": (lambda: _normed(nn.utils.parametrizations.orthogonal), (_FEATURES,)),
 }
-IN_CI = {"MultiheadAttention", "TransformerEncoder", "LSTM", "GRUCell", "ConvTranspose2d", "EmbeddingBag", "Transformer"}
+IN_CI = {
+    "MultiheadAttention",
+    "TransformerEncoder",
+    "LSTM",
+    "GRUCell",
+    "ConvTranspose2d",
+    "EmbeddingBag",
+    "Transformer",
+}
+
+MULTIPLYING = frozenset(
+    "Linear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d RNN LSTM GRU RNNCell LSTMCell GRUCell "
+    "MultiheadAttention TransformerEncoderLayer TransformerEncoder TransformerDecoderLayer TransformerDecoder Transformer "
+    "AdaptiveLogSoftmaxWithLoss Sequential parametrized spectral old orthogonal".split()
+)
 
 
 class _Predict(nn.Module):
@@ -198,19 +221,27 @@ def entries() -> Iterator[Entry]:
         yield _entry(name, getattr(nn, name), (_FEATURES,))
     for name, (build, shapes) in LAYERS.items():
         yield _entry(name, build, shapes)
-    yield Entry("torch.nn/Embedding", "Embedding", lambda: nn.Embedding(10, 4, padding_idx=0), lambda: ((torch.tensor([[0, 3, 9]]),), {}))
+    yield Entry(
+        "torch.nn/Embedding",
+        "Embedding",
+        lambda: nn.Embedding(10, 4, padding_idx=0),
+        lambda: ((torch.tensor([[0, 3, 9]]),), {}),
+        multiplies=False,
+    )
     yield Entry(
         "torch.nn/EmbeddingBag",
         "EmbeddingBag",
         lambda: nn.EmbeddingBag(10, 4, mode="sum"),
         lambda: ((torch.tensor([[0, 3, 9]]), None, torch.rand(1, 3)), {}),
         ci=True,
+        multiplies=False,
     )
     yield Entry(
         "torch.nn/MaxUnpool2d",
         "MaxUnpool2d",
         lambda: nn.MaxUnpool2d(2),
         lambda: (nn.functional.max_pool2d(torch.randn(_PLANE), 2, return_indices=True), {}),
+        multiplies=False,
     )
 
 
@@ -218,4 +249,11 @@ def _entry(name: str, build: Callable[[], nn.Module], shapes: tuple[tuple[int, .
     def inputs() -> Inputs:
         return tuple(torch.randn(shape) for shape in shapes), {}
 
-    return Entry(f"torch.nn/{name}", name, build, inputs, ci=name in IN_CI)
+    return Entry(
+        f"torch.nn/{name}",
+        name,
+        build,
+        inputs,
+        ci=name in IN_CI,
+        multiplies=name.split()[-1] in MULTIPLYING or name.split()[0] in MULTIPLYING,
+    )

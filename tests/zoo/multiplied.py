@@ -181,7 +181,9 @@ def work(entry: Entry, model: torch.nn.Module | None = None) -> Work:
 def _sqnr(expected: Any, actual: Any) -> float:
     mine = {path: tensor for path, tensor in tensors(expected) if tensor.is_floating_point()}
     theirs = {path: tensor for path, tensor in tensors(actual) if tensor.is_floating_point()}
-    pairs = [(mine[path], theirs[path]) for path in mine.keys() & theirs.keys() if mine[path].shape == theirs[path].shape]
+    pairs = [
+        (mine[path], theirs[path]) for path in mine.keys() & theirs.keys() if mine[path].shape == theirs[path].shape
+    ]
     signal = sum(float(a.double().nan_to_num(posinf=0, neginf=0).square().sum()) for a, _ in pairs)
     noise = sum(float((a.double() - b.double()).nan_to_num(posinf=0, neginf=0).square().sum()) for a, b in pairs)
     if noise == 0:

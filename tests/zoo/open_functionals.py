@@ -22,7 +22,9 @@ def _asked(original: Callable[..., bool], spread: Callable[..., Iterable[Any]]) 
         row = default_table().find_name(f"torch.nn.functional.{sys._getframe(1).f_code.co_name}")
         if row is not None and not row.decompose:
             return original(*arguments)
-        return any(isinstance(argument, torch.Tensor) and type(argument) not in _PLAIN for argument in spread(*arguments))
+        return any(
+            isinstance(argument, torch.Tensor) and type(argument) not in _PLAIN for argument in spread(*arguments)
+        )
 
     return has_torch_function
 
@@ -33,7 +35,9 @@ def open_functionals() -> Iterator[None]:
     replaced = {
         "has_torch_function": _asked(torch.overrides.has_torch_function, lambda arguments: arguments),
         "has_torch_function_unary": _asked(torch.overrides.has_torch_function_unary, lambda argument: (argument,)),
-        "has_torch_function_variadic": _asked(torch.overrides.has_torch_function_variadic, lambda *arguments: arguments),
+        "has_torch_function_variadic": _asked(
+            torch.overrides.has_torch_function_variadic, lambda *arguments: arguments
+        ),
     }
     with mock.patch.dict(vars(torch.nn.functional), replaced), mock.patch.dict(vars(torch.functional), replaced):
         yield

@@ -35,7 +35,9 @@ _MOVES = frozenset(
     "fill_ zero_ uniform_ normal_ copy_ __setitem__ set_ bernoulli_ sort topk adjoint refine_names rename squeeze_ unsqueeze_ "
     "transpose_ _chunk_cat pack_padded_sequence _pack_padded_sequence resolve_conj resolve_neg is_floating_point".split()
 )
-_DROPOUT = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
+_DROPOUT = frozenset(
+    {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+)
 
 
 @dataclass(eq=False)

@@ -92,7 +92,10 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "test_vit4": ({"img_size": 64}, 64),
     "vit_small_r26_s32_224": ({"img_size": 64, "depth": 2}, 64),
     "test_vit_relpos": ({"img_size": 64}, 64),
-    "samvit_base_patch16_224": ({"img_size": 64, "depth": 2, "embed_dim": 32, "num_heads": 2, "global_attn_indexes": (1,)}, 64),
+    "samvit_base_patch16_224": (
+        {"img_size": 64, "depth": 2, "embed_dim": 32, "num_heads": 2, "global_attn_indexes": (1,)},
+        64,
+    ),
     "vitamin_small_224": ({"img_size": 64}, 64),
     "volo_d1_224": ({"img_size": 64}, 64),
     "ese_vovnet19b_slim_dw": ({}, 64),
@@ -100,7 +103,16 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "xcit_nano_12_p16_224": ({"img_size": 64, "depth": 2}, 64),
     "naflexvit_base_patch16_gap": ({"depth": 2, "embed_dim": 32, "num_heads": 2}, 64),
 }
-IN_CI = {"test_vit", "test_efficientnet", "test_convnext", "test_mambaout", "test_nfnet", "pvt_v2_b0", "xcit_nano_12_p16_224", "levit_128s"}
+IN_CI = {
+    "test_vit",
+    "test_efficientnet",
+    "test_convnext",
+    "test_mambaout",
+    "test_nfnet",
+    "pvt_v2_b0",
+    "xcit_nano_12_p16_224",
+    "levit_128s",
+}
 
 
 def entries() -> Iterator[Entry]:

@@ -36,7 +36,17 @@ CLASSIFICATION: dict[str, tuple[Any, dict[str, Any], int]] = {
     "vgg11_bn": (tv.vgg11_bn, {}, 32),
     "wide_resnet50_2": (tv.wide_resnet50_2, {}, 32),
 }
-IN_CI = {"resnet18", "swin_t", "googlenet", "shufflenet_v2_x0_5", "mobilenet_v3_small", "vit", "retinanet", "lraspp", "raft_small"}
+IN_CI = {
+    "resnet18",
+    "swin_t",
+    "googlenet",
+    "shufflenet_v2_x0_5",
+    "mobilenet_v3_small",
+    "vit",
+    "retinanet",
+    "lraspp",
+    "raft_small",
+}
 
 _NO_WEIGHTS = {"weights": None, "weights_backbone": None}
 DETECTION: dict[str, Any] = {
@@ -83,7 +93,10 @@ def entries() -> Iterator[Entry]:
 
 
 def _entry(
-    name: str, build: Callable[[], torch.nn.Module], inputs: Callable[[], Inputs], training: Callable[[], Inputs] | None = None
+    name: str,
+    build: Callable[[], torch.nn.Module],
+    inputs: Callable[[], Inputs],
+    training: Callable[[], Inputs] | None = None,
 ) -> Entry:
     return Entry(f"torchvision/{name}", name, build, inputs, training, ci=name in IN_CI)
 

@@ -14,7 +14,11 @@ def tensors(value: Any, path: str = "out", seen: set[int] | None = None) -> Iter
     if isinstance(value, Tensor):
         yield path, value
         return
-    if value is None or isinstance(value, (str, bytes, int, float, complex, torch.nn.Module, type)) or id(value) in seen:
+    if (
+        value is None
+        or isinstance(value, (str, bytes, int, float, complex, torch.nn.Module, type))
+        or id(value) in seen
+    ):
         return
     seen.add(id(value))
     for name, item in _items(value):
