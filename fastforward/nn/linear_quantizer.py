@@ -9,6 +9,8 @@ from fastforward.quantization import affine
 from fastforward.quantization.granularity import Granularity
 from fastforward.quantization.tensor import QuantizedTensor
 
+SMALLEST_SCALE = 1e-10
+
 
 class LinearQuantizer(RangeQuantizer):
     """Rounds to ``num_bits`` integers with a fixed scale and zero point.
@@ -69,6 +71,8 @@ class LinearQuantizer(RangeQuantizer):
         scale = self.scale
         if scale.numel() == 0:
             raise self._uncalibrated()
+        if "scale" in self._parameters:
+            scale = positive(scale)
         factor = 1.0 if self.gradient_scale is None else self.lsq_gradient_scale(x)
         return affine.fake_quantize(
             x, scale, self.zero_point, self.quant_min, self.quant_max, self.granularity, gradient_scale=factor
@@ -78,12 +82,17 @@ class LinearQuantizer(RangeQuantizer):
         """Return ``x`` as stored integers; NaN is refused with ValueError."""
         if not self.is_calibrated:
             raise self._uncalibrated()
-        scale, zero_point = self.scale.detach(), self.rounded_zero_point()
+        scale, zero_point = self.effective_scale(), self.rounded_zero_point()
         low, high = self.quant_min, self.quant_max
         values = affine.quantize(x.detach(), scale, zero_point, low, high, self.quantized_dtype, self.granularity)
         block_size = self.granularity.block_size(x.shape)
         scale, zero_point = affine.fitted(self.granularity, x.shape, scale, zero_point)
         return QuantizedTensor(values, scale.clone(), zero_point, block_size, x.dtype, low, high)
+
+    def effective_scale(self) -> Tensor:
+        """Return the scale that is used, detached: a learned one is kept above zero."""
+        scale = self.scale.detach()
+        return positive(scale) if "scale" in self._parameters else scale
 
     def learn_range(self, *, zero_point: bool | None = None, scale_gradient: bool = True) -> "LinearQuantizer":
         """Turn the scale into a parameter, so that training learns it (LSQ), and the zero point with it (LSQ+).
@@ -111,7 +120,7 @@ class LinearQuantizer(RangeQuantizer):
 
     def freeze_range(self) -> "LinearQuantizer":
         """Turn learned scales and zero points back into buffers, the zero point rounded."""
-        scale, zero_point = self.scale.detach().clone(), self.rounded_zero_point()
+        scale, zero_point = self.effective_scale().clone(), self.rounded_zero_point()
         self.reset_parameters()
         self.set_parameters(scale, zero_point)
         self.gradient_scale = None
@@ -125,6 +134,12 @@ class LinearQuantizer(RangeQuantizer):
     def extra_repr(self) -> str:
         parts = [f"num_bits={self.num_bits}", f"symmetric={self.symmetric}", f"granularity={self.granularity}"]
         return ", ".join([*parts, *self._described_parameters()])
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Return ``scale`` kept above zero, which a step of an optimizer may cross; its gradient passes unchanged."""
+    kept = scale.detach().clamp(min=SMALLEST_SCALE)
+    return kept + (scale - scale.detach()) if scale.requires_grad else kept
 
 
 def is_signed(dtype: torch.dtype) -> bool:

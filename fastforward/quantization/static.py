@@ -1,14 +1,16 @@
 """torchao's static flow: tensors quantized with a given scale, and weights that quantize their linear's input."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import fastforward_kernels as kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from fastforward.quantization.granularity import blocked
+from fastforward.quantization.granularity import block_counts, blocked
 from fastforward.quantization.mapping import FLOAT8_DTYPES, quant_bounds
 from fastforward.quantization.tensor import QuantizedTensor, interleaved, stable_hash
 
@@ -35,19 +37,24 @@ def to_affine_quantized_intx_static(
 
     Raises:
         TypeError: ``dtype`` is no integer type.
-        ValueError: the blocks do not divide ``x``, or the scale has another number of elements than there are blocks.
+        ValueError: the blocks do not divide ``x``, the scale has another number of elements than there are blocks,
+            or ``x`` holds NaN, which has no integer.
     """
     if dtype in FLOAT8_DTYPES:
         msg = f"{dtype} is no integer type: use to_affine_quantized_floatx_static"
         raise TypeError(msg)
-    low, high = quant_bounds(dtype, quant_min, quant_max)
-    view, spread_scale = _block_view(x, scale, block_size)
-    q = torch.round(view.to(torch.float32) * (1 / spread_scale))
-    if zero_point is not None:
-        q = q + _spread(zero_point, x, block_size)
+    low, high = (int(bound) for bound in quant_bounds(dtype, quant_min, quant_max))
     stored = dtype if dtype.itemsize > 1 or dtype in (torch.int8, torch.uint8) else _byte(dtype)
-    values = q.clamp(low, high).to(stored).reshape(x.shape)
-    return QuantizedTensor(values, scale, zero_point, block_size, x.dtype, int(low), int(high))
+    if torch.compiler.is_compiling():
+        view, spread_scale = _block_view(x, scale, block_size)
+        q = torch.round(view.to(torch.float32) * (1 / spread_scale))
+        q = q if zero_point is None else q + _spread(zero_point, x, block_size)
+        values = q.clamp(low, high).to(stored).reshape(x.shape)
+    else:
+        tile = _tile(x, scale, block_size)
+        shift = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+        values = kernels.ops.QUANTIZE(x.detach(), scale.to(torch.float32), shift, low, high, stored, tile)
+    return QuantizedTensor(values, scale, zero_point, block_size, x.dtype, low, high)
 
 
 def to_affine_quantized_floatx_static(
@@ -63,8 +70,12 @@ def to_affine_quantized_floatx_static(
         msg = f"{target_dtype} is no float8 type: use to_affine_quantized_intx_static"
         raise TypeError(msg)
     low, high = quant_bounds(target_dtype)
-    view, spread_scale = _block_view(x, scale, block_size)
-    values = (view.to(torch.float32) * (1 / spread_scale)).clamp(low, high).to(target_dtype).reshape(x.shape)
+    if torch.compiler.is_compiling():
+        view, spread_scale = _block_view(x, scale, block_size)
+        values = (view.to(torch.float32) * (1 / spread_scale)).clamp(low, high).to(target_dtype).reshape(x.shape)
+    else:
+        tile = _tile(x, scale, block_size)
+        values = kernels.ops.QUANTIZE_FLOAT8(x.detach(), scale.to(torch.float32), target_dtype, tile)
     return QuantizedTensor(values, scale, None, block_size, x.dtype)
 
 
@@ -175,6 +186,16 @@ def _block_view(x: Tensor, scale: Tensor, block_size: Sequence[int]) -> tuple[Te
     if scale.numel() == 1:
         return x, scale.reshape(()).to(torch.float32)
     return blocked(x, block_size), _spread(scale.to(torch.float32), x, block_size)
+
+
+def _tile(x: Tensor, scale: Tensor, block_size: Sequence[int]) -> list[int]:
+    """Return the blocks as the kernels take them, checked; one scale needs none."""
+    if scale.numel() == 1:
+        return []
+    if scale.numel() != math.prod(block_counts(x.shape, block_size)):
+        msg = f"{scale.numel()} scales do not fit blocks of {tuple(block_size)} in a tensor of {tuple(x.shape)}"
+        raise ValueError(msg)
+    return list(block_size)
 
 
 def _spread(parameter: Tensor, x: Tensor, block_size: Sequence[int]) -> Tensor:

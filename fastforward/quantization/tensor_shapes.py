@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastforward.exceptions import QuantizationError
 from fastforward.quantization.granularity import wrap_dim
 from fastforward.quantization.tensor import QuantizedTensor, implements_operator, plain
 
@@ -127,6 +128,33 @@ def _index_select(func: Any, x: QuantizedTensor, dim: int, index: Tensor) -> Any
     if x.block_size[dim] == 1:
         return rebuilt(x, func(x.int_data, dim, index), block_size, lambda parameter: func(parameter, dim, index))
     return func(x.dequantize(), dim, index)
+
+
+@implements_operator(aten.embedding.default)
+def _embedding(func: Any, weight: Any, index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Look rows up and dequantize those alone."""
+    del func, args, kwargs  # padding and gradients do not concern a lookup
+    rows = _index_select(aten.index_select.default, weight, 0, index.reshape(-1))
+    values: Tensor = plain(rows).reshape(*index.shape, weight.shape[1])
+    return values
+
+
+@implements_operator(aten.copy_.default)
+def _copy(func: Any, target: Any, source: Any, *args: Any) -> Any:
+    """Copy between tensors of one format, as loading a state does; other copies would lose the grid."""
+    if not isinstance(target, QuantizedTensor):
+        return func(target, plain(source), *args)
+    same = isinstance(source, QuantizedTensor) and source.shape == target.shape and _same_format(source, target)
+    if not same or source.block_size != target.block_size or source.scale.shape != target.scale.shape:
+        msg = (
+            "only a QuantizedTensor of the same shape and format can be copied into one: dequantize() the target first"
+        )
+        raise QuantizationError(msg)
+    target.int_data.copy_(source.int_data)
+    target.scale.copy_(source.scale)
+    if target.zero_point is not None:
+        target.zero_point.copy_(source.zero_point)
+    return target
 
 
 @implements_operator(aten.expand.default)

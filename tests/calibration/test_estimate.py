@@ -7,9 +7,9 @@ import torch
 
 import fastforward as ff
 from fastforward.calibration.estimate import track_ranges
+from fastforward.calibration.observers import Histogram, MinMax, MovingAverageMinMax, Observer
 from fastforward.exceptions import CalibrationError, QuantizationWarning
 from fastforward.nn import DynamicLinearQuantizer, LinearQuantizer, QuantizerMetadata, QuantizerStub
-from fastforward.calibration.observers import Histogram, MinMax, MovingAverageMinMax, Observer
 from fastforward.quantization.granularity import PerChannel
 
 
@@ -29,6 +29,15 @@ class Block(torch.nn.Module):
 
 def randn(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_found_quantizers_are_a_target():
+    layer = ff.nn.QuantizedLinear(8, 4)
+    layer.input_quantizer = LinearQuantizer(8)
+    with ff.estimate_ranges(ff.find_quantizers(torch.nn.Sequential(layer), "**/input_quantizer")) as estimation:
+        layer(randn(2, 8))
+    assert list(estimation.sites) == ["0.input_quantizer"]
+    assert layer.input_quantizer.is_calibrated
 
 
 def test_the_block_runs_in_float_and_sets_ranges_at_its_end():

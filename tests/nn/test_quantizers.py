@@ -359,6 +359,20 @@ def test_learning_reduces_the_error_and_freezes():
     assert torch.equal(quantizer.quantize(x).dequantize(), values)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_learned_scale_that_left_the_positive_numbers(scale):
+    quantizer = calibrated(4).learn_range()
+    with torch.no_grad():
+        quantizer.scale.fill_(scale)
+    x = torch.tensor([0.3, -0.2])
+    out = quantizer(x)
+    assert torch.isfinite(out).all()
+    out.sum().backward()
+    assert quantizer.scale.grad is not None
+    quantizer.freeze_range()
+    assert quantizer.scale > 0
+
+
 def test_learning_needs_a_start():
     with pytest.raises(CalibrationError):
         LinearQuantizer(4).learn_range()
@@ -441,3 +455,11 @@ def test_disable_and_enable():
         assert torch.equal(model(x), model[1](x))
         raise RuntimeError
     assert not model[0].overrides
+
+
+def test_tiny_ranges_are_stored_as_simulated():
+    quantizer = LinearQuantizer(8)
+    quantizer.quantization_range = (-1e-20, 1e-20)
+    x = torch.tensor([-1e-20, 3e-21])
+    assert torch.equal(quantizer.quantize(x).dequantize(), quantizer(x))
+    assert quantizer(x).any()

@@ -50,6 +50,7 @@ def test_bit_equal_to_torch_per_tensor(bits, symmetric, dtype):
     assert torch.equal(got, want.to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_bit_equal_to_torch_per_channel_and_stored():
     x = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     grid = affine.AffineGrid(-128, 127, symmetric=False)

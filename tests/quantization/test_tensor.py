@@ -172,6 +172,37 @@ def test_saving(dtype):
     assert loaded.block_size == q.block_size
 
 
+def test_in_a_module():
+    """Casting, moving and loading a module whose weight is quantized."""
+    linear = torch.nn.Linear(8, 4, bias=False)
+    linear.weight = torch.nn.Parameter(quantized(randn(4, 8), torch.int8, (1, 8)), requires_grad=False)
+    scale = linear.weight.scale.clone()
+    linear.to(torch.bfloat16)
+    assert isinstance(linear.weight, QuantizedTensor)
+    assert linear.weight.dtype == torch.bfloat16
+    assert linear.weight.scale.dtype == torch.float32
+    assert linear(torch.ones(1, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    other = copy.deepcopy(linear)
+    other.weight.int_repr().zero_()
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other.weight.int_repr(), linear.weight.int_repr())
+    assert torch.equal(other.weight.scale, scale)
+    with pytest.raises(RuntimeError, match="same shape and format"):
+        other.load_state_dict({"weight": randn(4, 8)})
+
+
+@pytest.mark.parametrize("block_size", [(1, 8), (10, 8), (1, 4)])
+def test_embedding_looks_up_rows(block_size):
+    table = quantized(randn(10, 8), torch.int8, block_size)
+    index = torch.tensor([[3, 0], [9, 3]])
+    assert torch.equal(F.embedding(index, table), F.embedding(index, table.dequantize()))
+
+
+def test_nan_has_no_integer():
+    with pytest.raises(ValueError, match="NaN"):
+        to_affine_quantized_intx_static(torch.tensor([torch.nan]), torch.ones(1), None, (1,), torch.int8)
+
+
 def test_as_parameter_in_a_state_dict():
     linear = torch.nn.Linear(8, 4, bias=False)
     linear.weight = torch.nn.Parameter(quantized(randn(4, 8), torch.int8, (1, 8)), requires_grad=False)
@@ -258,6 +289,8 @@ def test_wrong_target_types():
         to_affine_quantized_intx_static(x, one, None, (2, 2), torch.float8_e4m3fn)
     with pytest.raises(TypeError, match="intx"):
         to_affine_quantized_floatx_static(x, one, (2, 2), torch.int8)
+    with pytest.raises(ValueError, match="do not fit"):
+        to_affine_quantized_intx_static(x, torch.ones(3), None, (1, 2), torch.int8)
     with pytest.raises(ValueError, match="divide"):
         to_affine_quantized_intx_static(x, torch.ones(2), None, (1, 3), torch.int8)
     with pytest.raises(TypeError, match="integer or float8"):
