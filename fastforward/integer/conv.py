@@ -9,6 +9,7 @@ from fastforward.integer import onednn
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, make_epilogue
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import IntegerLayer, become
+from fastforward.integer.unfolded import conv_int_mm
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
 from fastforward.nn.operands import quantize_parameter
@@ -49,6 +50,7 @@ class IntegerConv(IntegerLayer):
         super().prepare(bias)
         self._packed, self._folds = None, {}
         self.record.kernel = "onednn"
+        self._pack()  # now, because a compiler cannot do it while it traces
 
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -136,8 +138,8 @@ class IntegerConv(IntegerLayer):
             return [d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return list(self.padding)
 
-    def _pack(self) -> torch.Tensor:
-        if self._packed is None:
+    def _pack(self) -> torch.Tensor | None:
+        if self._packed is None and self.weight_int8.device.type == "cpu":
             stride, padding, dilation = self._geometry()
             ones = torch.ones(self.out_channels)
             self._packed = torch.ops.onednn.qconv_prepack(
@@ -154,14 +156,24 @@ class IntegerConv(IntegerLayer):
         return self._packed
 
     def _traced(self, input: torch.Tensor) -> torch.Tensor:
-        """In operators that compilers understand."""
-        codes = self.grid.traced_codes(input)
-        y = self.compute(codes, self.epilogue).to(input.dtype)
+        """The same computation in operators that compilers and exporters understand."""
+        batched = input.dim() == self.weight_int8.dim()
+        codes = self.grid.traced_codes(input if batched else input.unsqueeze(0))
+        # A program cannot carry oneDNN's packed weight into another process.
+        y = self._unfolded(codes) if torch.compiler.is_exporting() else self.compute(codes, self.epilogue)
+        y = (y if batched else y.squeeze(0)).to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _unfolded(self, codes: torch.Tensor) -> torch.Tensor:
+        return conv_int_mm(codes, self.weight_int8, self.epilogue, self._geometry(), self.groups, self.grid.zero_point)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
         return {**self.__dict__, "_packed": None, "_folds": {}}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack()
 
 
 class IntegerConv1d(IntegerConv, torch.nn.Conv1d):  # type: ignore[override]
