@@ -71,7 +71,7 @@ def capture(model: torch.nn.Module, weights: bool) -> tuple[Manifest, dict[str, 
     entries = model.state_dict(keep_vars=True)
     integers = _integers(model, store)
     quantizers = _quantizers(model, store)
-    if not integers and not quantizers:
+    if not integers and not quantizers and not any(isinstance(value, QuantizedTensor) for value in entries.values()):
         msg = "the model has no quantizer and no integer layer; quantize it before saving its quantization"
         raise StateError(msg)
     own = tuple(f"{name}." for quantizer in quantizers for name in quantizer.sites)
@@ -203,8 +203,11 @@ def _integers(model: torch.nn.Module, store: TensorStore) -> list[SavedInteger]:
 def _parameters(entries: Mapping[str, Any], store: TensorStore) -> dict[str, str | SavedParts]:
     found = dict[str, "str | SavedParts"]()
     for name, value in entries.items():
-        if isinstance(value, QuantizedTensor) or isinstance(getattr(value, "data", None), QuantizedTensor):
+        if isinstance(value, QuantizedTensor):
             found[name] = _parts(name, value, store)
+        elif hasattr(value, "__tensor_flatten__") and not hasattr(value, "full_tensor"):
+            msg = f"{name} is a {type(value).__name__}, which a state cannot hold; use quantizers or QuantizedTensor"
+            raise StateError(msg)
         elif isinstance(value, torch.Tensor):
             found[name] = store.add(name, value)
         else:

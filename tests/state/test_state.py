@@ -128,6 +128,32 @@ def test_a_bias_that_folding_added_is_loaded(tmp_path):
     assert torch.equal(loaded(x), net(x))
 
 
+def test_weights_stored_as_integers_are_loaded_as_such(tmp_path):
+    net, plain = (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(2))
+    weight = ff.nn.LinearQuantizer(8, granularity=ff.PerChannel(0))
+    weight.quantization_range = net[0].weight.detach().amin(1), net[0].weight.detach().amax(1)
+    net[0].weight = nn.Parameter(weight.quantize(net[0].weight), requires_grad=False)
+    x = torch.randn(3, 4)
+    loaded = ff.load_quantization(plain, ff.save_quantization(net, tmp_path))
+    assert torch.equal(loaded(x), net(x))
+    stored, kept = loaded[0].weight, net[0].weight
+    assert isinstance(stored, ff.QuantizedTensor) and torch.equal(stored.int_repr(), kept.int_repr())
+    assert (stored.block_size, stored.quant_min, stored.quant_max) == (kept.block_size, kept.quant_min, kept.quant_max)
+
+
+def test_tensors_that_hold_code_are_refused(tmp_path):
+    from fastforward.quantization import to_linear_activation_quantized
+
+    net = ff.quantize_model(nn.Linear(4, 4))
+    ff.schemes.get("w8").apply(net)
+    weight = ff.nn.LinearQuantizer(8)
+    weight.quantization_range = -1.0, 1.0
+    held = to_linear_activation_quantized(weight.quantize(net.weight), lambda x: x)
+    net.weight = nn.Parameter(held, requires_grad=False)
+    with pytest.raises(StateError, match="weight is a LinearActivationQuantizedTensor, which a state cannot hold"):
+        ff.save_quantization(net, tmp_path)
+
+
 def test_an_integer_layer_alone_can_be_loaded(tmp_path):
     net = ff.quantize_model(nn.Linear(4, 4))
     ff.schemes.get("w8a8").apply(net)
