@@ -15,6 +15,8 @@ from fastforward.nn.module import QuantizedModule
 from fastforward.nn.operands import operand_stub, quantize_parameter
 from fastforward.nn.quantizer import Quantizer
 
+# Roles of the quantizers for results inside a step, and the operator that stands for each.
+_RESULTS = {"gates": "linear", "activation": "sigmoid", "state": "add"}
 # State of one direction: the hidden state, and for an LSTM the cell state.
 State = tuple[Tensor, ...]
 
@@ -22,9 +24,11 @@ State = tuple[Tensor, ...]
 class _QuantizedRecurrent(QuantizedModule, torch.nn.RNNBase, include_in_module_map=False):
     """What the recurrent layers share: their quantizers, the walk over layers, directions and steps.
 
-    For each layer and direction, with suffix ``_l<layer>`` or ``_l<layer>_reverse``: ``input_quantizer``,
-    ``hidden_quantizer``, ``weight_ih_quantizer``, ``weight_hh_quantizer`` and, where the parameters exist,
-    ``bias_ih_quantizer``, ``bias_hh_quantizer``, ``weight_hr_quantizer``. One ``output_quantizer`` for the result.
+    For each layer and direction, with suffix ``_l<layer>`` or ``_l<layer>_reverse``: ``input_quantizer`` and
+    ``hidden_quantizer`` for the operands of the products, ``gates_quantizer`` for their results,
+    ``activation_quantizer`` for what sigmoid and tanh yield, ``state_quantizer`` for what becomes the next state;
+    ``weight_ih_quantizer``, ``weight_hh_quantizer`` and, where the parameters exist, ``bias_ih_quantizer``,
+    ``bias_hh_quantizer``, ``weight_hr_quantizer``. One ``output_quantizer`` for the result.
     """
 
     float_class: ClassVar[type[torch.nn.Module] | None] = None
@@ -35,6 +39,8 @@ class _QuantizedRecurrent(QuantizedModule, torch.nn.RNNBase, include_in_module_m
         for suffix in self._suffixes():
             for role in ("input", "hidden"):
                 self.register_quantizer(f"{role}_quantizer{suffix}", operand_stub("input", "linear"))
+            for role, operator in _RESULTS.items():
+                self.register_quantizer(f"{role}_quantizer{suffix}", operand_stub("output", operator))
             for parameter in ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"):
                 present = hasattr(self, parameter + suffix)
                 stub = operand_stub(parameter.partition("_")[0], "linear") if present else None
@@ -107,9 +113,8 @@ class _QuantizedRecurrent(QuantizedModule, torch.nn.RNNBase, include_in_module_m
     ) -> tuple[list[Tensor], State]:
         """One layer in one direction. Steps of a packed sequence shrink: the states of ended rows are set aside."""
         sizes = [step.shape[0] for step in steps]
-        projected = self._product("ih", suffix, getattr(self, f"input_quantizer{suffix}")(torch.cat(steps))).split(
-            sizes
-        )
+        x = getattr(self, f"input_quantizer{suffix}")(torch.cat(steps))
+        projected = getattr(self, f"gates_quantizer{suffix}")(self._product("ih", suffix, x)).split(sizes)
         cell = self._cell(suffix)
         state = tuple(one[: sizes[-1 if reverse else 0]] for one in start)
         ended: list[State] = []
@@ -141,6 +146,16 @@ class _QuantizedRecurrent(QuantizedModule, torch.nn.RNNBase, include_in_module_m
             getattr(self, f"bias_{name}_quantizer{suffix}"), getattr(self, f"bias_{name}{suffix}", None)
         )
 
+    def _gates(self, suffix: str) -> Callable[[Tensor], Tensor]:
+        """The recurrent product: quantized hidden state in, gates out; parameters are quantized once."""
+        weight, bias = self._weight("hh", suffix), self._bias("hh", suffix)
+        operand, result = getattr(self, f"hidden_quantizer{suffix}"), getattr(self, f"gates_quantizer{suffix}")
+        return lambda hidden: result(torch.nn.functional.linear(operand(hidden), weight, bias))
+
+    def _results(self, suffix: str) -> tuple[Quantizer, ...]:
+        """The quantizers of results: gates, activations, state."""
+        return tuple(getattr(self, f"{role}_quantizer{suffix}") for role in _RESULTS)
+
     def _cell(self, suffix: str) -> Callable[[Tensor, State], State]:
         """One step: the projected input and the state in, the new state out; parameters are quantized once."""
         raise NotImplementedError
@@ -152,12 +167,11 @@ class QuantizedRNN(_QuantizedRecurrent, torch.nn.RNN):
     float_class = torch.nn.RNN
 
     def _cell(self, suffix: str) -> Callable[[Tensor, State], State]:
-        weight, bias = self._weight("hh", suffix), self._bias("hh", suffix)
-        quantizer = getattr(self, f"hidden_quantizer{suffix}")
+        recurrent, (gate, act, _) = self._gates(suffix), self._results(suffix)
         activation = torch.tanh if self.nonlinearity == "tanh" else torch.relu
 
         def cell(x: Tensor, state: State) -> State:
-            return (activation(x + torch.nn.functional.linear(quantizer(state[0]), weight, bias)),)
+            return (act(activation(gate(x + recurrent(state[0])))),)
 
         return cell
 
@@ -168,15 +182,15 @@ class QuantizedGRU(_QuantizedRecurrent, torch.nn.GRU):
     float_class = torch.nn.GRU
 
     def _cell(self, suffix: str) -> Callable[[Tensor, State], State]:
-        weight, bias = self._weight("hh", suffix), self._bias("hh", suffix)
-        quantizer = getattr(self, f"hidden_quantizer{suffix}")
+        recurrent, (gate, act, keep) = self._gates(suffix), self._results(suffix)
 
         def cell(x: Tensor, state: State) -> State:
             x_reset, x_update, x_new = x.chunk(3, -1)
-            h_reset, h_update, h_new = torch.nn.functional.linear(quantizer(state[0]), weight, bias).chunk(3, -1)
-            update = torch.sigmoid(x_update + h_update)
-            new = torch.tanh(x_new + torch.sigmoid(x_reset + h_reset) * h_new)
-            return ((1 - update) * new + update * state[0],)
+            h_reset, h_update, h_new = recurrent(state[0]).chunk(3, -1)
+            reset = act(torch.sigmoid(gate(x_reset + h_reset)))
+            update = act(torch.sigmoid(gate(x_update + h_update)))
+            new = act(torch.tanh(gate(x_new + gate(reset * h_new))))
+            return (keep(keep(keep(1 - update) * new) + keep(update * state[0])),)
 
         return cell
 
@@ -193,17 +207,17 @@ class QuantizedLSTM(_QuantizedRecurrent, torch.nn.LSTM):
         return tuple(state)
 
     def _cell(self, suffix: str) -> Callable[[Tensor, State], State]:
-        weight, bias = self._weight("hh", suffix), self._bias("hh", suffix)
+        recurrent, (gate, act, keep) = self._gates(suffix), self._results(suffix)
         projection = self._weight("hr", suffix) if self.proj_size else None
-        quantizer = getattr(self, f"hidden_quantizer{suffix}")
+        operand = getattr(self, f"hidden_quantizer{suffix}")
 
         def cell(x: Tensor, state: State) -> State:
-            gates = x + torch.nn.functional.linear(quantizer(state[0]), weight, bias)
-            enter, forget, candidate, leave = gates.chunk(4, -1)
-            memory = torch.sigmoid(forget) * state[1] + torch.sigmoid(enter) * torch.tanh(candidate)
-            hidden = torch.sigmoid(leave) * torch.tanh(memory)
+            enter, forget, candidate, leave = gate(x + recurrent(state[0])).chunk(4, -1)
+            kept = keep(act(torch.sigmoid(forget)) * state[1])
+            memory = keep(kept + keep(act(torch.sigmoid(enter)) * act(torch.tanh(candidate))))
+            hidden = keep(act(torch.sigmoid(leave)) * act(torch.tanh(memory)))
             if projection is not None:
-                hidden = torch.nn.functional.linear(quantizer(hidden), projection)
+                hidden = keep(torch.nn.functional.linear(operand(hidden), projection))
             return hidden, memory
 
         return cell
