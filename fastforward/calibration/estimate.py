@@ -176,8 +176,9 @@ def estimate_ranges(
         CalibrationError: nothing to observe, no data, NaN or infinity, or a quantizer observed already.
 
     Example:
-        >>> quantizer = LinearQuantizer(8)
-        >>> with estimate_ranges(quantizer, MovingAverageMinMax, momentum=0.5):
+        >>> import fastforward as ff
+        >>> quantizer = ff.nn.LinearQuantizer(8)
+        >>> with ff.estimate_ranges(quantizer, ff.observers.MovingAverageMinMax, momentum=0.5):
         ...     _ = quantizer(torch.tensor([-1.0, 0.5]))
         >>> quantizer.quantization_range
         (tensor(-1.), tensor(0.9922))
