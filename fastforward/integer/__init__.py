@@ -13,6 +13,7 @@ _NAMES = {
     "IntegerConv2d": "conv",
     "IntegerConv3d": "conv",
     "IntegerEmbedding": "embedding",
+    "WeightOnlyLinear": "weight_only",
 }
 
 __all__ = sorted(_NAMES)

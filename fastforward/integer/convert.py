@@ -15,6 +15,7 @@ from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.islands import speed_up
 from fastforward.integer.layer import IntegerLayer
 from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.weight_only import WeightOnlyLinear, require_weight_only
 from fastforward.integer.weights import require_integer
 from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
 from fastforward.nn.embedding import QuantizedEmbedding
@@ -31,7 +32,7 @@ _LEARNING_RUNS = 3
 
 @dataclasses.dataclass(slots=True)
 class Step:
-    """One layer to convert, with its input grid (``None`` for an embedding)."""
+    """One layer to convert, with its input grid; ``None`` where the weight alone is quantized."""
 
     layer: QuantizedModule
     grid: Grid | None
@@ -91,7 +92,7 @@ def require_calibrated(model: torch.nn.Module) -> None:
         )
         raise CalibrationError(msg)
     if not active:
-        done = any(isinstance(module, IntegerLayer | IntegerEmbedding) for module in model.modules())
+        done = any(isinstance(module, IntegerLayer | IntegerEmbedding | WeightOnlyLinear) for module in model.modules())
         what = "is integer already" if done else "has no quantizers"
         msg = f"nothing to convert: {type(model).__name__} {what}. Call ff.quantize(model, data) on a float model first"
         raise QuantizationError(msg)
@@ -137,6 +138,9 @@ def _plan(model: torch.nn.Module) -> Iterator[Step]:
 
 def _checked(layer: Any, grids: dict[Any, Grid]) -> Grid | None:
     """The input grid of a layer that can be converted; layers with equal grids share the object."""
+    if type(layer) is QuantizedLinear and layer.input_quantizer.is_stub() and not layer.weight_quantizer.is_stub():
+        require_weight_only(layer)
+        return None
     for role in ("input", "weight"):
         quantizer = getattr(layer, f"{role}_quantizer", None)
         if quantizer is not None and quantizer.is_stub():
@@ -160,6 +164,8 @@ def _swap(step: Step, keep_float: bool) -> None:
     layer: Any = step.layer
     if isinstance(layer, QuantizedEmbedding):
         IntegerEmbedding.swap(layer, keep_float=keep_float)
+    elif step.grid is None:
+        WeightOnlyLinear.swap(layer, keep_float=keep_float)
     elif isinstance(layer, QuantizedLinear):
         IntegerLinear.swap(layer, step.grid, keep_float=keep_float)
     else:

@@ -9,6 +9,7 @@ from fastforward.integer import onednn
 from fastforward.integer.convert import REASON
 from fastforward.integer.embedding import IntegerEmbedding
 from fastforward.integer.layer import IntegerLayer
+from fastforward.integer.weight_only import WeightOnlyLinear
 from fastforward.nn.module import QuantizedModule
 
 _NEVER_RAN = "not run yet"
@@ -103,6 +104,9 @@ def _links(model: torch.nn.Module) -> Iterator[Link]:
             yield _integer_link(path, module)
         elif isinstance(module, IntegerEmbedding):
             yield Link(path, "embedding", "int64", "float32", kernel="int8 rows")
+        elif isinstance(module, WeightOnlyLinear):
+            bits = "int4" if module.group else "int8"
+            yield Link(path, "linear", "float32", "float32", kernel=f"{bits} weight only")
         elif isinstance(module, QuantizedModule):
             yield from _island(path, module)
 

@@ -1,7 +1,7 @@
 """Integer convolutions from elementary operators: patches are copied out and multiplied as a matrix.
 
-Slower than oneDNN's convolution, but it runs wherever ``torch._int_mm`` does, and consists of operators that an exported
-program can hold.
+Slower than oneDNN's convolution, but it runs wherever ``torch._int_mm`` does, and consists of operators that an
+exported program can hold.
 """
 
 import torch

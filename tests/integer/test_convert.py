@@ -55,7 +55,7 @@ def test_convert_returns_the_model_itself() -> None:
     ("change", "reason"),
     [
         (lambda layer: setattr(layer, "input_quantizer", activation_quantizer(-1, 1, num_bits=16)), "16 bits"),
-        (lambda layer: setattr(layer, "input_quantizer", ff.nn.QuantizerStub()), "input is not quantized"),
+        (lambda layer: setattr(layer, "weight_quantizer", ff.nn.QuantizerStub()), "weight is not quantized"),
         (lambda layer: setattr(layer, "weight_quantizer", activation_quantizer(-1, 2)), "asymmetric"),
     ],
 )

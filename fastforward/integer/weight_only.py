@@ -1,0 +1,192 @@
+"""WeightOnlyLinear: integer weights and floating activations, for decoding one token at a time.
+
+There the time goes into reading the weight, so fewer bytes per weight are what counts. An int8 weight is multiplied by the
+activation split into three signed 8-bit digits, which together hold every float32 value to its own rounding; an int4
+weight by torch's grouped int4 kernel.
+"""
+
+from typing import Any
+
+import torch
+
+from fastforward.exceptions import StateError, UnsupportedOperatorError
+from fastforward.integer.layer import become, successor
+from fastforward.integer.weights import integer_weight, require_integer
+from fastforward.nn.linear import QuantizedLinear
+from fastforward.nn.linear_quantizer import LinearQuantizer
+from fastforward.nn.operands import quantize_parameter
+from fastforward.quantization import affine
+
+DIGITS = 3
+DIGIT_BASE = 254.0
+# With more rows the product is no longer bound by reading the weight, and a float product of the same weight wins.
+DECODE_ROWS = 4
+GROUPS = (256, 128, 64, 32)
+
+
+class WeightOnlyLinear(torch.nn.Linear):
+    """``y = x W^T + b`` with an int8 or int4 weight.
+
+    Buffers: for 8 bits ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``); for 4
+    bits ``weight_int4`` (``[out_features, in_features / 2]``, in the order of torch's kernel) and ``weight_scale``
+    (``[in_features / group, out_features, 2]``: scale, and the real value of integer zero). Scales are float32.
+    """
+
+    weight_int8: torch.Tensor
+    weight_int4: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.nn.Parameter | None  # type: ignore[assignment]
+    group: int
+
+    @classmethod
+    def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "WeightOnlyLinear":
+        """Turn a layer whose weight alone is quantized into an integer one, in place."""
+        quantizer = layer.weight_quantizer
+        assert isinstance(quantizer, LinearQuantizer)
+        bias = quantize_parameter(layer.bias_quantizer, layer.bias)
+        if _is_int4(quantizer):
+            tensors, group = _int4(quantizer, layer.weight), _group(quantizer, layer.weight.shape)
+        else:
+            integers, scale = integer_weight(quantizer, layer.weight)
+            tensors, group = {"weight_int8": integers, "weight_scale": scale}, 0
+        become(layer, cls, keep_float)
+        self: WeightOnlyLinear = layer  # type: ignore[assignment]
+        self.install(tensors, bias, group)
+        return self
+
+    def install(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, group: int) -> None:
+        """Take the integer form of a layer whose float weight has been removed; ``group`` is 0 for 8 bits."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        if bias is not self.bias:
+            self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
+        self.group = group
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
+        y = self._product(input.detach().reshape(-1, self.in_features).float())
+        if self.bias is not None:
+            y = y.add_(self.bias.detach())
+        return y.view(*input.shape[:-1], self.out_features).to(input.dtype)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.group:
+            return torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group, self.weight_scale)
+        if rows.shape[0] <= DECODE_ROWS:
+            return multiply_digits(rows, self.weight_int8, self.weight_scale)
+        return torch.nn.functional.linear(rows, self.weight_int8.float()).mul_(self.weight_scale)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The float weight that the integers stand for, computed now; the original one if it was kept."""
+        kept = self._parameters.get("weight")
+        return self._product(torch.eye(self.in_features)).t() if kept is None else kept
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "WeightOnlyLinear":
+        """Move with the model; scales stay float32."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != torch.float32:
+            self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        return self
+
+    def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and JSON data: all that it takes to build the layer again."""
+        tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach()
+        return tensors, {"group": self.group}
+
+    @classmethod
+    def from_quantization_state(
+        cls, module: torch.nn.Module, tensors: dict[str, torch.Tensor], data: dict[str, Any]
+    ) -> torch.nn.Module:
+        """The layer for the place of ``module``, which stays as it is.
+
+        Raises:
+            StateError: The state belongs to a layer of another kind or shape.
+        """
+        new: WeightOnlyLinear = successor(module, cls)
+        group = int(data["group"])
+        name = "weight_int4" if group else "weight_int8"
+        expected = (new.out_features, new.in_features // 2 if group else new.in_features)
+        if name not in tensors or tuple(tensors[name].shape) != expected:
+            found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            msg = f"it has {found}, the model needs {name} of shape {expected}"
+            raise StateError(msg)
+        new._parameters["bias"] = None
+        new.install({name: tensors[name], "weight_scale": tensors["weight_scale"]}, tensors.get("bias"), group)
+        layer: torch.nn.Module = new
+        return layer
+
+
+def require_weight_only(layer: QuantizedLinear) -> None:
+    """Raise UnsupportedOperatorError, with the reason, for a layer without a weight-only form."""
+    quantizer = layer.weight_quantizer
+    if layer.smoothing is not None or not layer.output_quantizer.is_stub():
+        msg = "only its weight is integer; smoothing or an output quantizer then need the simulation"
+        raise UnsupportedOperatorError(msg)
+    if _is_int4(quantizer):
+        assert isinstance(quantizer, LinearQuantizer)
+        if not hasattr(torch, "_weight_int4pack_mm_for_cpu") or layer.out_features % 16:
+            msg = f"int4 kernels need output features in multiples of 16, it has {layer.out_features}"
+            raise UnsupportedOperatorError(msg)
+        _group(quantizer, layer.weight.shape)
+    else:
+        require_integer(quantizer, layer.weight.shape)
+
+
+def multiply_digits(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x [m, k]`` float32 times int8 ``weight [n, k]`` with one scale per row, as an integer product."""
+    rows = x.shape[0]
+    step = (x.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    rest, digits = x / step, []
+    for _ in range(DIGITS):
+        digit = torch.round(rest)
+        digits.append(digit.to(torch.int8))
+        rest = (rest - digit) * DIGIT_BASE
+    products = torch._int_mm(torch.cat(digits), weight.t()).view(DIGITS, rows, -1)
+    total = products[0].float()
+    for place in range(1, DIGITS):
+        total.add_(products[place], alpha=DIGIT_BASE**-place)
+    return total.mul_(step).mul_(scale)
+
+
+def _is_int4(quantizer: Any) -> bool:
+    """Whether a weight is stored in half bytes: four bits, or groups along its rows."""
+    if not isinstance(quantizer, LinearQuantizer):
+        return False
+    return quantizer.num_bits <= 4 and quantizer.quant_min >= -8
+
+
+def _group(quantizer: LinearQuantizer, shape: torch.Size) -> int:
+    """The group size for torch's kernel: the quantizer's own, or for longer groups a size that divides it."""
+    block = quantizer.granularity.block_size(shape)
+    own = block[1] if block[0] == 1 else shape[1]
+    for group in GROUPS:
+        if own % group == 0:
+            return group
+    msg = f"int4 kernels need groups that are multiples of 32, its weight has groups of {own}"
+    raise UnsupportedOperatorError(msg)
+
+
+def _int4(quantizer: LinearQuantizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Integers packed for torch's kernel, and scale and zero per group."""
+    n, k = weight.shape
+    group = _group(quantizer, weight.shape)
+    zero_point = quantizer.rounded_zero_point()
+    parameters = quantizer.scale.detach().float(), zero_point
+    integers = affine.quantize(
+        weight.detach(), *parameters, quantizer.quant_min, quantizer.quant_max, torch.int8, quantizer.granularity
+    )
+    packed = torch._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32) + 8, 1)
+    scale, zero = (_per_group(parameter.float(), n, k // group) for parameter in parameters)
+    return {"weight_int4": packed, "weight_scale": torch.stack((scale, -zero * scale), -1).transpose(0, 1).contiguous()}
+
+
+def _per_group(parameter: torch.Tensor, n: int, groups: int) -> torch.Tensor:
+    """Parameters per tensor, channel or longer group, repeated to ``[n, groups]``."""
+    if parameter.numel() == 1:
+        return parameter.reshape(1, 1).expand(n, groups)
+    rows = parameter.reshape(n, -1)
+    return rows.repeat_interleave(groups // rows.shape[1], dim=1)
