@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastforward_kernels import reference, tiling
+from fastforward_kernels import memory, reference, tiling
 
 CHUNK = 1 << 17  # float32 elements; 512 KiB stays in a second-level cache
 SCRATCH = threading.local()
@@ -118,7 +118,7 @@ def fake_quantize(
 ) -> Tensor:
     """See :func:`reference.fake_quantize`."""
     del gradient_scale
-    out = torch.empty_like(x)
+    out = memory.empty_like(x)
     fake_quantize_out(x, scale, zero_point, qmin, qmax, tile, out)
     return out
 
@@ -143,11 +143,11 @@ def fake_quantize_out(
 def _round_to_grid(x: Tensor, out: Tensor, inverse: Tensor, low: Parameter, high: Parameter, scale: Tensor) -> None:
     if x.dtype == torch.float32 == out.dtype:
         torch.mul(x, inverse, out=out)
-        torch.clamp(out.round_(), low, high, out=out)  # type: ignore[arg-type]
+        _clip(out.round_(), low, high, out=out)
         out.mul_(scale)
         return
     buffer = scratch(0, x).copy_(x).mul_(inverse).round_()
-    out.copy_(torch.clamp(buffer, low, high, out=buffer).mul_(scale))  # type: ignore[arg-type]
+    out.copy_(_clip(buffer, low, high, out=buffer).mul_(scale))
 
 
 def _write_back(sweep: Sweep, out: Tensor, target: Tensor) -> None:
@@ -157,16 +157,34 @@ def _write_back(sweep: Sweep, out: Tensor, target: Tensor) -> None:
 
 
 def _grid(sweep: Sweep, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Parameter, Parameter]:
-    """Return scale and the clipping bounds with the zero point taken off, so that no pass is spent on it."""
-    z = sweep.number("zero_point", torch.round(zero_point) if zero_point.is_floating_point() else zero_point)
+    """Return scale and the clipping bounds with the zero point taken off, so that no pass is spent on it.
+
+    Bounds that are the same for all blocks, as on every symmetric grid, are numbers: clamping by numbers is three times
+    faster than by tensors that broadcast.
+    """
+    if zero_point.is_floating_point():
+        zero_point = torch.round(zero_point)
+    if zero_point.numel() > 1 and bool((zero_point == zero_point.reshape(-1)[0]).all()):
+        tiling.check_parameter("zero_point", zero_point.numel(), sweep.layout.blocks, sweep.original, sweep.tile)
+        zero_point = zero_point.reshape(-1)[0]
+    z = sweep.number("zero_point", zero_point)
     return sweep.factor("scale", scale), qmin - z, qmax - z
+
+
+def _clip(v: Tensor, low: Parameter, high: Parameter, *, out: Tensor) -> Tensor:
+    """Clamp, NaN staying NaN; with tensors two passes are faster than ``torch.clamp``'s one."""
+    if isinstance(low, float) and isinstance(high, float):
+        return torch.clamp(v, low, high, out=out)
+    assert isinstance(low, Tensor)
+    assert isinstance(high, Tensor)
+    return torch.minimum(torch.maximum(v, low, out=out), high, out=out)
 
 
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, tile: Sequence[int]
 ) -> Tensor:
     """See :func:`reference.fake_quantize_backward`."""
-    out = torch.empty_like(x)
+    out = memory.empty_like(x)
     if not x.numel():
         return out
     sweep = Sweep(tuple(x.shape), tile, like=out)
@@ -208,14 +226,14 @@ def _open_interval(low: Parameter, high: Parameter) -> tuple[float, float] | Non
 def _excess(v: Tensor, low: Parameter, high: Parameter) -> Tensor:
     """Return how far ``rint(v)`` lies outside its bounds, in a scratch buffer: zero exactly inside, NaN for NaN."""
     rounded = torch.round(v, out=scratch(2, v))
-    return rounded.sub_(torch.clamp(rounded, low, high, out=scratch(3, v)))  # type: ignore[arg-type]
+    return rounded.sub_(_clip(rounded, low, high, out=scratch(3, v)))
 
 
 def fake_quantize_lsq_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, tile: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`reference.fake_quantize_lsq_backward`, in chunks; chunk sums are added in float64."""
-    out = torch.empty_like(x)
+    out = memory.empty_like(x)
     sweep = Sweep(tuple(x.shape), tile)
     sums = torch.zeros(2, *sweep.layout.parameters, dtype=torch.float64)
     s, low, high = _grid(sweep, scale, zero_point, qmin, qmax)
@@ -260,7 +278,7 @@ def _per_parameter(sums: Tensor, parameter: Tensor) -> Tensor:
 
 def fake_quantize_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, tile: Sequence[int]) -> Tensor:
     """See :func:`reference.fake_quantize_float8`."""
-    out = torch.empty_like(x)
+    out = memory.empty_like(x)
     if not x.numel():
         return out
     sweep = Sweep(tuple(x.shape), tile, like=out)
@@ -284,7 +302,7 @@ def quantize_finite(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype, tile: Sequence[int]
 ) -> Tensor:
     """Quantize without looking for NaN."""
-    out = torch.empty(x.shape, dtype=dtype)
+    out = memory.prefer_huge_pages(torch.empty(x.shape, dtype=dtype))
     if not x.numel():
         return out
     sweep = Sweep(tuple(x.shape), tile)
@@ -300,7 +318,7 @@ def dequantize(
     q: Tensor, scale: Tensor, zero_point: Tensor | None, tile: Sequence[int], out_dtype: torch.dtype
 ) -> Tensor:
     """See :func:`reference.dequantize`."""
-    out = torch.empty(q.shape, dtype=out_dtype)
+    out = memory.prefer_huge_pages(torch.empty(q.shape, dtype=out_dtype))
     if not q.numel():
         return out
     sweep = Sweep(tuple(q.shape), tile)

@@ -3,15 +3,14 @@
 Parameters (``scale`` float32, ``zero_point`` int32) hold one number, or one for every block in row-major order.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastforward_kernels import cpu, reference, tiling
-from fastforward_kernels.library import LIBRARY, NAMESPACE, define
+from fastforward_kernels import cpu, gradients, reference, tiling
+from fastforward_kernels.library import define
 
 GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile"
 
@@ -124,54 +123,7 @@ HISTOGRAM: Callable[..., Tensor] = define(
 )
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    del output
-    x, scale, zero_point, *ctx.grid, ctx.gradient_scale = inputs
-    ctx.save_for_backward(x, scale, zero_point)
-
-
-def _fake_quantize_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale, zero_point = ctx.saved_tensors
-    _, to_scale, to_zero_point = ctx.needs_input_grad[:3]
-    if not (to_scale or to_zero_point):
-        return FAKE_QUANTIZE_BACKWARD(grad, x, scale, zero_point, *ctx.grid), None, None, None, None, None, None
-    grad_x, grad_scale, grad_zero_point = FAKE_QUANTIZE_LSQ_BACKWARD(grad, x, scale, zero_point, *ctx.grid)
-    grad_scale = (grad_scale * ctx.gradient_scale).to(scale.dtype) if to_scale else None
-    grad_zero_point = (grad_zero_point * ctx.gradient_scale).to(zero_point.dtype) if to_zero_point else None
-    return grad_x, grad_scale, grad_zero_point, None, None, None, None
-
-
-def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    del inputs
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _masked_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return APPLY_MASK(grad.contiguous(), *ctx.saved_tensors), None, None, None, None, None
-
-
-def _keep_float8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    x, scale, dtype, tile = inputs
-    ctx.save_for_backward(x, scale)
-    ctx.largest, ctx.tile = torch.finfo(dtype).max, tile
-
-
-def _float8_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale = ctx.saved_tensors
-    zero_point = torch.zeros((), dtype=torch.int32, device=x.device)
-    bound = math.ceil(ctx.largest)
-    return FAKE_QUANTIZE_BACKWARD(grad, x, scale, zero_point, -bound, bound, ctx.tile), None, None, None
-
-
-def _register(name: str, backward: Any, setup_context: Any) -> None:
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-
-
-_register("fake_quantize", _fake_quantize_gradients, _keep_for_backward)
-_register("fake_quantize_with_mask", _masked_gradients, _keep_mask)
-_register("fake_quantize_float8", _float8_gradients, _keep_float8)
+gradients.register(FAKE_QUANTIZE, FAKE_QUANTIZE_BACKWARD, FAKE_QUANTIZE_LSQ_BACKWARD, APPLY_MASK)
 
 
 def fake_quantize(

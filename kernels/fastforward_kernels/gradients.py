@@ -1,0 +1,101 @@
+"""The gradients of the fake-quantize operators.
+
+``fake_quantize`` is called for every tensor of every step, so its autograd kernel is written out: it asks three tensors
+whether they require a gradient, and calls the CPU implementation without another trip through the dispatcher. The other
+operators use ``torch.library.register_autograd``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+
+from fastforward_kernels import cpu
+from fastforward_kernels.library import LIBRARY, NAMESPACE
+
+Operator = Callable[..., Any]
+
+
+def register(forward: Any, backward: Operator, lsq_backward: Operator, apply_mask: Operator) -> None:
+    """Attach gradients to the differentiable operators, which are made of these."""
+    LIBRARY.impl("fake_quantize", _autograd_kernel(forward, backward, lsq_backward), "Autograd", with_keyset=True)
+
+    def masked(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return apply_mask(grad.contiguous(), *ctx.saved_tensors), None, None, None, None, None
+
+    def float8(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        zero_point = torch.zeros((), dtype=torch.int32, device=x.device)
+        bound = math.ceil(ctx.largest)
+        return backward(grad, x, scale, zero_point, -bound, bound, ctx.tile), None, None, None
+
+    _register("fake_quantize_with_mask", masked, _keep_mask)
+    _register("fake_quantize_float8", float8, _keep_float8)
+
+
+def _autograd_kernel(forward: Any, backward: Operator, lsq_backward: Operator) -> Callable[..., Tensor]:
+    def below(keys: DispatchKeySet, *arguments: Any) -> Tensor:
+        keys = keys & torch._C._after_autograd_keyset
+        with torch._C._AutoDispatchBelowAutograd():
+            if keys.highestPriorityTypeId() == DispatchKey.CPU:
+                return cpu.fake_quantize(*arguments)
+            y: Tensor = forward.redispatch(keys, *arguments)
+            return y
+
+    class FakeQuantize(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keys: DispatchKeySet, *arguments: Any) -> Tensor:
+            x, scale, zero_point, *ctx.grid, ctx.gradient_scale = arguments
+            ctx.save_for_backward(x, scale, zero_point)
+            return below(keys, *arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:4]
+            if not any(needed):
+                return None, backward(grads[0], *saved, *ctx.grid), None, None, None, None, None, None
+            to_x, *to_parameters = lsq_backward(grads[0], *saved, *ctx.grid)
+            scaled = [
+                (grad * ctx.gradient_scale).to(parameter.dtype) if is_needed else None
+                for grad, parameter, is_needed in zip(to_parameters, saved[1:], needed, strict=True)
+            ]
+            return None, to_x, *scaled, None, None, None, None
+
+    def kernel(
+        keys: DispatchKeySet,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        tile: list[int],
+        gradient_scale: float = 1.0,
+    ) -> Tensor:
+        arguments = (x, scale, zero_point, qmin, qmax, tile, gradient_scale)
+        learns = x.requires_grad or scale.requires_grad or zero_point.requires_grad
+        if learns and torch.is_grad_enabled():
+            y: Tensor = FakeQuantize.apply(keys, *arguments)
+            return y
+        return below(keys, *arguments)
+
+    return kernel
+
+
+def _register(name: str, backward: Operator, setup_context: Operator) -> None:
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    del inputs
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _keep_float8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    x, scale, dtype, tile = inputs
+    ctx.save_for_backward(x, scale)
+    ctx.largest, ctx.tile = torch.finfo(dtype).max, tile

@@ -1,0 +1,119 @@
+"""Measure launch configurations on the GPU that is here, and rewrite the launch table with the fastest.
+
+    python kernels/tune.py [--family int8_matmul] [--dry-run]
+
+Configurations that do not launch are passed over. Run check_offline.py afterwards. Entries that were
+measured say so, with the time and the device's name.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fastforward_kernels as ffk
+import torch
+
+SIZES = {"m<=16": 1, "m<=64": 64, "m>64": 4096}
+N, K = 4096, 4096
+BLOCKS = {
+    "fake_quantize": {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (4, 8)},
+    "int8_matmul": {
+        "BLOCK_M": (16, 64, 128),
+        "BLOCK_N": (64, 128, 256),
+        "BLOCK_K": (64, 128),
+        "GROUP_M": (8,),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+}
+BLOCKS["float8_matmul"] = BLOCKS["int8_matmul"]
+BLOCKS["weight_only"] = {**BLOCKS["int8_matmul"], "BLOCK_K": (32, 64, 128)}
+
+
+def candidates(family: str, size: str) -> Iterator[dict[str, int]]:
+    """Yield configurations worth trying."""
+    space = BLOCKS[family]
+    for values in itertools.product(*space.values()):
+        config = dict(zip(space, values, strict=True))
+        if size == "m<=16" and config.get("BLOCK_M", 16) > 64:
+            continue
+        yield config
+
+
+def workload(family: str, size: str, device: torch.device) -> Callable[[], Any]:
+    """Return the call that is timed."""
+    scale, zero = torch.tensor(0.03, device=device), torch.tensor(3, dtype=torch.int32, device=device)
+    if family == "fake_quantize":
+        x = torch.randn(N, K, device=device, dtype=torch.bfloat16)
+        return lambda: ffk.fake_quantize(x, scale, zero, -128, 127)
+    m = SIZES[size]
+    x = torch.randn(m, K, device=device, dtype=torch.bfloat16)
+    q = torch.randint(-128, 128, (N, K), dtype=torch.int8, device=device)
+    if family == "int8_matmul":
+        packed = ffk.pack_linear_weight(q, torch.rand(N, device=device))
+        xq = torch.randint(0, 256, (m, K), dtype=torch.uint8, device=device)
+        return lambda: ffk.int8_linear(xq, scale, zero, packed, out_dtype=torch.bfloat16)
+    if family == "weight_only":
+        scales = torch.rand(N, K // 128, device=device)
+        packed_only = ffk.pack_weight_only(q.clamp(-8, 7), scales, bits=4, group_size=128)
+        return lambda: ffk.weight_only_linear(x, packed_only)
+    kind = torch.float8_e4m3fnuz if torch.version.hip else torch.float8_e4m3fn
+    x8, weight8 = x.to(kind), torch.randn(N, K, device=device).to(kind)
+    return lambda: ffk.float8_linear(x8, scale, weight8, scale, out_dtype=torch.bfloat16)
+
+
+def fastest(family: str, size: str, device: torch.device) -> tuple[dict[str, int], float] | None:
+    """Return the best configuration and its milliseconds; None if none runs."""
+    import triton
+    from fastforward_kernels.triton import launch
+
+    call, best = workload(family, size, device), None
+    for config in candidates(family, size):
+        launch._config.cache_clear()
+        launch.table()[family].setdefault(launch.architecture(device), {})[size] = config
+        try:
+            taken = float(triton.testing.do_bench(call, warmup=10, rep=40))
+        except Exception as error:  # too much shared memory, too many registers: another configuration
+            print(f"  {config}: {type(error).__name__}", file=sys.stderr)
+            continue
+        if best is None or taken < best[1]:
+            best = (config, taken)
+    return best
+
+
+def main() -> int:
+    """Tune and write; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--family", action="append", choices=list(BLOCKS))
+    parser.add_argument("--dry-run", action="store_true", help="print the table instead of writing it")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        print("no GPU here (or Triton is interpreting): there is nothing to measure", file=sys.stderr)
+        return 2
+    from fastforward_kernels.triton import launch
+
+    device = torch.device("cuda", 0)
+    arch, name = launch.architecture(device), torch.cuda.get_device_name(device)
+    document = json.loads(launch.TABLE.read_text())
+    for family in options.family or list(BLOCKS):
+        for size in document["families"][family]["default"]:
+            best = fastest(family, size, device)
+            if best is None:
+                continue
+            entry = {**best[0], "status": f"measured on {name}: {best[1] * 1000:.1f} us"}
+            document["families"][family].setdefault(arch, {})[size] = entry
+            print(f"{family} {size}: {entry}")
+    text = json.dumps(document, indent=2) + "\n"
+    if options.dry_run:
+        print(text)
+    else:
+        launch.TABLE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
