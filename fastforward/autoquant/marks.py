@@ -32,7 +32,7 @@ _PLAIN_METHODS = frozenset(
     append extend insert items keys values startswith endswith format join lower upper strip replace get pop update
     setdefault index count sort reverse clear is_floating_point is_complex bool int long cpu cuda
     new_zeros new_ones new_full new_empty new_tensor requires_grad_ zero_ fill_ copy_ uniform_ normal_
-    named_parameters named_modules named_children parameters modules children register_buffer register_forward_hook
+    named_parameters named_modules named_children parameters modules children _getframe currentframe warn register_buffer register_forward_hook
     warning warning_once info debug error
     """.split()  # noqa: SIM905 - one word a method reads better than a column of strings
 )
@@ -350,7 +350,7 @@ class _Marker:
     def _classify_method(self, callee: ast.Attribute, node: ast.Call) -> tuple[str, Operator | None]:
         if callee.attr in _PLAIN_METHODS:
             return "leave", None
-        if callee.attr in _MOVE_METHODS and not self._rooted_in_self(callee.value):
+        if callee.attr in _MOVE_METHODS:
             return "leave", None
         operator = self.context.table.find_method(callee.attr)
         if operator is None or operator.kind == "move" or not self.context.may_be_tensor(callee.value):
@@ -369,13 +369,6 @@ class _Marker:
             return False
         first = next(iter(_parameters(self.frames[0].node.args)), None)
         return first is not None and value.id == first.arg and value.id in ("self", "cls", "module")
-
-    def _rooted_in_self(self, expression: ast.expr) -> bool:
-        while isinstance(expression, ast.Attribute):
-            if self._on_self(expression):
-                return True
-            expression = expression.value
-        return False
 
     # -------------------------------------------------------------- operands and outputs
     def operands(self, node: ast.Call, operator: Operator, method: bool) -> None:

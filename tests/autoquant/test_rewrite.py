@@ -88,6 +88,19 @@ CASES = {
         """,
         ["quantizer_q", "quantizer_k", "quantizer_matmul"],
     ),
+    "a moved parameter is quantized as the parameter": (
+        """
+        def f(self, x):
+            return x @ self.weight.t()
+        """,
+        """
+        def f(self, x, *, _ff):
+            _ff = _ff.enter(self)
+            x = _ff.q(0, x)
+            return _ff.matmul(1, x, _ff.q(2, self.weight).t())
+        """,
+        ["quantizer_x", "quantizer_matmul", "quantizer_self_weight"],
+    ),
     "unknown results are quantized at their definition": (
         """
         def f(self, x):
