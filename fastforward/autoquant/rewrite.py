@@ -197,8 +197,12 @@ def _at(place: ast.AST, node: _Node) -> _Node:
     return ast.copy_location(node, place)
 
 
-def _scope_attribute(place: ast.AST, name: str) -> ast.expr:
-    return _at(place, ast.Attribute(_at(place, ast.Name(SCOPE, ast.Load())), name, ast.Load()))
+def _scope_attribute(place: ast.AST, name: str, line: int | None = None) -> ast.expr:
+    """``_ff.name``. The compiler gives a method call the last line of its attribute, so that decides the traceback's line."""
+    node = _at(place, ast.Attribute(_at(place, ast.Name(SCOPE, ast.Load())), name, ast.Load()))
+    if line is not None or hasattr(node, "lineno"):
+        node.end_lineno, node.end_col_offset = line or node.lineno, max(node.col_offset, len(name))  # type: ignore[attr-defined]
+    return node
 
 
 def _scope_call(place: ast.AST, method: str, number: int, *arguments: ast.expr) -> ast.expr:
@@ -211,7 +215,8 @@ def _constant(place: ast.AST, number: int) -> ast.expr:
 
 def _wrap_call(node: ast.Call, method: str, number: int) -> ast.expr:
     arguments = [_constant(node, number), node.func, *node.args]
-    return _at(node, ast.Call(_scope_attribute(node, method), arguments, node.keywords))
+    line = node.func.end_lineno if isinstance(node.func, ast.Attribute) else None
+    return _at(node, ast.Call(_scope_attribute(node, method, line), arguments, node.keywords))
 
 
 def _twice(target: ast.expr) -> tuple[ast.expr, ast.expr]:
@@ -257,6 +262,12 @@ def _docstring_length(body: list[ast.stmt]) -> int:
     return int(has)
 
 
+def _first_executed(body: list[ast.stmt]) -> ast.stmt:
+    """The first statement that is more than a declaration."""
+    executed = (statement for statement in body if not isinstance(statement, (ast.Global, ast.Nonlocal)))
+    return next(executed, body[-1])
+
+
 def _receive_scope(node: FunctionNode) -> None:
     """Add the keyword-only argument ``_ff``; a method looks its instance's scope up first."""
     arguments = node.args
@@ -265,7 +276,7 @@ def _receive_scope(node: FunctionNode) -> None:
     if isinstance(node, ast.Lambda):
         return
     at = _docstring_length(node.body)
-    place = node.body[min(at, len(node.body) - 1)]
+    place = _first_executed(node.body[at:] or node.body)
     positional = [*arguments.posonlyargs, *arguments.args]
     if positional:
         me: ast.expr = _at(place, ast.Name(positional[0].arg, ast.Load()))
