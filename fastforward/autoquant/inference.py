@@ -8,7 +8,7 @@ a tensor: a needless quantizer costs a call, a missing one a float operator.
 import ast
 import builtins
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from fastforward.autoquant import kinds
@@ -66,7 +66,14 @@ class Inference:
     def assigned_attributes(self) -> dict[str, Kind]:
         """What the function assigns to ``self.<attribute>``, for `self_types` of the class's other methods."""
         prefix = f"{self._self}."
-        return {name[len(prefix) :]: kind for name, kind in self._names.items() if name.startswith(prefix)}
+        own = {name[len(prefix) :]: name for name in self._names if name.startswith(prefix)}
+        return {attribute: self._assigned(name) for attribute, name in own.items()}
+
+    def _assigned(self, name: str) -> Kind:
+        # ``self.weight = None`` announces something that comes later, from elsewhere.
+        values = (what for how, what in self._definitions[name] if how == "value")
+        announced = any(isinstance(value, ast.Constant) and value.value is None for value in values)
+        return Kind.MAYBE if announced else self._names[name]
 
     # ---------------------------------------------------------------- definitions
     def _collect_function(self, node: FunctionNode) -> None:
@@ -407,6 +414,25 @@ def attribute_kinds(node: ast.ClassDef, resolve: Resolver) -> dict[str, Kind]:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)) and statement.name != "__init__":
             found.update(dict.fromkeys(_stored_attributes(statement), Kind.MAYBE))
     return found
+
+
+_class_attributes: dict[int, tuple[ast.ClassDef, dict[str, Kind]]] = {}
+
+
+def attributes_around(chain: Sequence[ast.AST], resolve: Resolver) -> dict[str, Kind]:
+    """`attribute_kinds` of the class in whose body a function stands; computed once for each class.
+
+    Args:
+        chain: The definitions that enclose the function, outermost first.
+        resolve: Expression -> the live object it means, or None.
+    """
+    owner = chain[-1] if chain else None
+    if not isinstance(owner, ast.ClassDef):
+        return {}
+    known = _class_attributes.get(id(owner))
+    if known is None:
+        known = _class_attributes[id(owner)] = owner, attribute_kinds(owner, resolve)
+    return known[1]
 
 
 def _stored_attributes(node: FunctionNode) -> set[str]:

@@ -24,7 +24,7 @@ import torch
 import torch.utils._pytree
 import torch.utils.checkpoint
 
-from fastforward.autoquant.inference import Inference
+from fastforward.autoquant.inference import Inference, attributes_around
 from fastforward.autoquant.marks import UNKNOWN, Context, Marks, Resolver, mark
 from fastforward.autoquant.optable import Operator, OperatorTable, default_table
 from fastforward.autoquant.patterns import PatternRule, apply_rules
@@ -255,7 +255,12 @@ class Engine:
 
     def context(self, node: FunctionNode, located: Located, resolve: Resolver) -> Context:
         """What marking asks about the world around the function ``node``."""
-        inference = Inference(node, lambda name: None if (found := resolve(name)) is UNKNOWN else found)
+
+        def known(name: ast.expr) -> Any:
+            found = resolve(name)
+            return None if found is UNKNOWN else found
+
+        inference = Inference(node, known, attributes_around(located.chain, known))
         return Context(self.table, resolve, self.treat_call, inference.may_be_tensor, _pragmas(located.file.text))
 
     def _remember(self, original: types.CodeType, unit: Unit) -> None:

@@ -155,7 +155,7 @@ def test_attributes_come_from_the_class() -> None:
             self.heads, self.scale = heads, heads ** -0.5
             self.weight = torch.nn.Parameter(torch.ones(heads))
             self.changed = 1
-            self.config = config
+            self.config, self.later = config, None
         def forward(self, x):
             self.changed = x
     """
@@ -164,7 +164,7 @@ def test_attributes_come_from_the_class() -> None:
     known = attribute_kinds(node, resolve)
     assert known == {
         "eps": Kind.PLAIN, "heads": Kind.INT, "scale": Kind.PLAIN, "weight": Kind.MAYBE, "changed": Kind.MAYBE,
-        "config": Kind.MAYBE,
+        "config": Kind.MAYBE, "later": Kind.MAYBE,
     }  # fmt: skip
     body = "def f(self, x):\n    probe(self.heads * 2), probe(self.weight), probe(self.unknown), probe(self.training)"
     assert probe(body, known) == [False, True, True, False]
