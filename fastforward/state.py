@@ -21,13 +21,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 
 from fastforward import state_file
 from fastforward.exceptions import FastForwardError, QuantizationWarning, StateError
-from fastforward.nn.quantizer import Quantizer
+from fastforward.nn.quantizer import Quantizer, QuantizerStub
+from fastforward.selection.quantizers import all_quantizers
 from fastforward.state_capture import capture, quantized_modules, unwrap
 from fastforward.state_manifest import Manifest, from_json
 from fastforward.state_restore import Restorer
@@ -117,6 +119,57 @@ def load_quantization(
     if plan.problems:
         warnings.warn(_misfit(file, manifest, plan.problems), QuantizationWarning, stacklevel=2)
     return model
+
+
+def broadcast_quantization(model: torch.nn.Module, source: int = 0, group: Any = None) -> None:
+    """Give every process of ``torch.distributed`` the quantization, parameters and buffers of one of them.
+
+    Without an initialized process group, or in a group of one, nothing happens.
+
+    Args:
+        model: The same model in every process, quantized or with stubs.
+        source: The rank whose state the others take over.
+        group: The process group; all processes by default.
+
+    Raises:
+        StateError: The model of `source` cannot be described, or a process has another model.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size(group) == 1:
+        return
+    target = unwrap(model)
+    is_source = torch.distributed.get_rank() == source
+    sent: list[Any] = [_captured(target) if is_source else None]
+    torch.distributed.broadcast_object_list(sent, source, group)
+    if isinstance(sent[0], StateError):
+        raise sent[0]
+    if not is_source:
+        _take_over(target, *sent[0])
+
+
+def _captured(model: torch.nn.Module) -> tuple[Manifest, dict[str, torch.Tensor]] | StateError:
+    # An error is sent as well: the other processes are waiting.
+    try:
+        manifest, tensors = capture(model, weights=True)
+    except StateError as error:
+        return error
+    return manifest, {key: tensor.cpu() for key, tensor in tensors.items()}
+
+
+def _take_over(model: torch.nn.Module, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
+    active = [
+        (site, q) for site in all_quantizers(model) if isinstance(q := site.module, Quantizer) and not q.is_stub()
+    ]
+    classes = {type(quantizer).__name__: type(quantizer) for _, quantizer in active}
+    plan = Restorer(model, manifest, tensors, classes).plan()
+    if plan.problems:
+        msg = f"this process has another model: {plan.problems[0]}"
+        raise StateError(msg)
+    for site, quantizer in active:
+        setattr(site.parent, site.parent_attribute, QuantizerStub(metadata=quantizer.quant_metadata))
+    for change in plan.changes:
+        change()
 
 
 def _file(path: str | Path) -> Path:

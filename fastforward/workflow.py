@@ -29,6 +29,7 @@ from fastforward.nn.quantizer import Quantizer, QuantizerStub
 from fastforward.selection import schemes
 from fastforward.selection.config import QuantizationConfig
 from fastforward.selection.scheme import Choice, Scheme
+from fastforward.state import broadcast_quantization
 
 _ROUNDS = 4
 
@@ -130,6 +131,8 @@ class _Calibration:
             calibration_steps.refine_linears(self.model, flow, samples, self.scheme.steps, self.undo)
         if "correct_bias" in self.scheme.steps:
             calibration_steps.correct_conv_biases(self.model, flow, samples, self.undo)
+        # Processes have judged, smoothed and rounded by samples of their own; from here on they are to agree.
+        broadcast_quantization(self.model)
         return flow
 
     def _record(self) -> tuple[Flow, Samples]:

@@ -7,6 +7,7 @@ a sample of its operands.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Self
@@ -82,6 +83,14 @@ class Candidates(Observer):
         """Say whose range this observer estimates."""
         self.histogram.bind(granularity, grid, site)
         return super().bind(granularity, grid, site)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the judge, whose samples are this process's own."""
+        return {**self.__dict__, "judge": None}
+
+    def succeed(self, other: Self) -> None:
+        """Take over the judge."""
+        self.judge = other.judge
 
     def update(self, x: Tensor) -> None:
         """Take in one batch."""

@@ -133,6 +133,7 @@ class RangeEstimation:
             merged = gathered[0][name]
             for other in gathered[1:]:
                 merged = merged.merge(other[name])
+            merged.succeed(site.observer)
             site.observer = merged.to(device)
 
     def set_ranges(self) -> None:

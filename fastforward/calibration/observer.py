@@ -136,6 +136,9 @@ class Observer(LazyBuffers):
         merged.batches += other.batches
         return merged
 
+    def succeed(self, other: Self) -> None:
+        """Take over from ``other``, this process's observer before merging, what is not sent to other processes."""
+
     def absorb(self, other: Self) -> None:
         """Add the state of ``other``, which has seen data as ``self`` has; what ``merge`` needs of a subclass."""
         msg = f"{type(self).__name__} of {self.site} cannot be merged: it defines no absorb(other)"

@@ -73,7 +73,11 @@ def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     result = {"ranges": {name: ranges(calibrated(name, batches()[rank::2])) for name in OBSERVERS}}
+
+    whole = ff.quantize(Net(), batches()[rank::2], progress=False)
+    result["quantize"] = {name: value.clone() for name, value in whole.state_dict().items()}
 
     net = calibrated("minmax", batches())
     ff.training.learn_ranges(net)

@@ -48,6 +48,12 @@ def test_two_processes_end_with_the_ranges_of_one(program, results, observer):
             assert torch.equal(two[name][1], zero_point), name
 
 
+def test_the_one_call_form_ends_with_one_model(results):
+    first, second = (result["quantize"] for result in results)
+    assert first.keys() == second.keys() and any(name.endswith("quantizer.scale") for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_processes_that_train_together_stay_equal(results):
     first, second = results
     for kind in ("ddp", "fsdp"):
