@@ -1,0 +1,169 @@
+"""Time whole models: ours in every mode beside float and beside whatever rival is installed, in one run.
+
+    python kernels/benchmarks/models.py [--models mlp minilm] [--threads 1] [--repeats 15] [--compile] [--plot out.png]
+
+Every way to run a model is timed in turn, so that a busy moment hits all of them; the numbers are medians. Prints a
+Markdown table: milliseconds, speed-up over eager float32 in the same run, SQNR of the output against it, and the
+seconds and the memory of the weights after conversion.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from rivals import RIVALS, call, installed  # noqa: E402
+from zoo import MODELS, Entry  # noqa: E402
+
+import fastforward as ff  # noqa: E402
+
+CALIBRATION_BATCHES = 4
+
+
+@dataclasses.dataclass
+class Mode:
+    """One way to run a model: how, how long it took to prepare, and the bytes of its tensors."""
+
+    name: str
+    run: Callable[[Any], Any]
+    seconds: float = 0.0
+    megabytes: float = 0.0
+
+
+def megabytes(model: torch.nn.Module) -> float:
+    """Memory of parameters and buffers."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
+
+
+def sqnr(reference: torch.Tensor, actual: torch.Tensor) -> float:
+    """Signal to quantization noise, decibels."""
+    reference, actual = reference.float(), actual.float()
+    noise = (reference - actual).square().sum().clamp_min(1e-30)
+    return float(10 * torch.log10(reference.square().sum() / noise))
+
+
+def ours(entry: Entry, model: torch.nn.Module, compile_too: bool) -> Iterator[Mode]:
+    """Simulated, integer and, if asked for, compiled integer execution."""
+    data = [entry.inputs(max(entry.batches)) for _ in range(CALIBRATION_BATCHES)]
+    start = time.perf_counter()
+    simulated = ff.quantize(copy.deepcopy(model), data, scheme=entry.scheme, progress=False)
+    seconds = time.perf_counter() - start
+    yield Mode("ours, simulated", lambda x: call(simulated, x), seconds, megabytes(simulated))
+    integer = copy.deepcopy(simulated)
+    start = time.perf_counter()
+    ff.convert(integer, example_inputs=entry.inputs(max(entry.batches)))
+    seconds += time.perf_counter() - start
+    yield Mode("ours, integer", lambda x: call(integer, x), seconds, megabytes(integer))
+    if compile_too:
+        fast = torch.compile(copy.deepcopy(integer))
+        yield Mode("ours, integer compiled", lambda x: call(fast, x), seconds, megabytes(integer))
+
+
+def others(entry: Entry, model: torch.nn.Module, compile_too: bool) -> Iterator[Mode]:
+    """Every installed rival that can prepare this model; the others say why on stderr."""
+    inputs = entry.inputs(max(entry.batches))
+    for name, (prepare, packages) in RIVALS.items():
+        if not installed(packages) or ("compiled" in name and not compile_too):
+            continue
+        start = time.perf_counter()
+        try:
+            run = prepare(model, inputs)
+            run(inputs)
+        except Exception as error:  # a rival may fail in any way; the run goes on without it
+            print(
+                f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}",
+                file=sys.stderr,
+            )
+            continue
+        yield Mode(name, run, time.perf_counter() - start)
+
+
+def medians(modes: list[Mode], inputs: Any, repeats: int) -> dict[str, float]:
+    """Median seconds of every mode, run in turn."""
+    times: dict[str, list[float]] = {mode.name: [] for mode in modes}
+    for mode in modes:
+        for _ in range(3):
+            mode.run(inputs)
+    for _ in range(repeats):
+        for mode in modes:
+            start = time.perf_counter()
+            mode.run(inputs)
+            times[mode.name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(name: str, entry: Entry, repeats: int, compile_too: bool) -> dict[str, list[float]]:
+    """Time one model, print its rows, and return the speed-ups by mode."""
+    torch.manual_seed(0)
+    model = entry.make().eval()
+    eager = Mode("float32", lambda x: call(model, x), 0.0, megabytes(model))
+    modes = [eager, *ours(entry, model, compile_too), *others(entry, model, compile_too)]
+    speedups: dict[str, list[float]] = {mode.name: [] for mode in modes}
+    for batch in entry.batches:
+        inputs = entry.inputs(batch)
+        times = medians(modes, inputs, repeats)
+        reference = entry.output(eager.run(inputs))
+        for mode in modes:
+            ratio = times[eager.name] / times[mode.name]
+            speedups[mode.name].append(ratio)
+            output = mode.run(inputs)
+            output = output if isinstance(output, torch.Tensor) else entry.output(output)
+            noise = "" if mode is eager else f"{sqnr(reference, output):.1f}"
+            print(
+                f"| {name} | {batch} | {mode.name} | {times[mode.name] * 1e3:.2f} | {ratio:.2f} | {noise} "
+                f"| {mode.seconds:.1f} | {mode.megabytes:.1f} |",
+                flush=True,
+            )
+    return speedups
+
+
+def plot(results: dict[str, dict[str, list[float]]], path: str) -> None:
+    """Draw the speed-ups of the first batch size as bars."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4))
+    names = sorted({mode for speedups in results.values() for mode in speedups})
+    for offset, mode in enumerate(names):
+        bars = {m: s[mode][0] for m, s in results.items() if mode in s}
+        places = [list(results).index(m) + offset / (len(names) + 1) for m in bars]
+        axes.bar(places, list(bars.values()), 1 / (len(names) + 1), label=mode)
+    axes.set_xticks(range(len(results)), list(results))
+    axes.set_ylabel("speed-up over eager float32")
+    axes.legend(fontsize="small")
+    figure.savefig(path, bbox_inches="tight")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="compiled modes too (minutes per model)")
+    parser.add_argument("--plot", help="write a bar chart to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print("| model | batch | mode | ms | over float32 | SQNR dB | prepared in s | MB |\n|" + "---|" * 8)
+    results = {}
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.ExitStack():
+        warnings.simplefilter("ignore")
+        for name in options.models:
+            results[name] = table(name, MODELS[name], options.repeats, options.compile)
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
