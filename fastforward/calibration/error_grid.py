@@ -5,12 +5,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fastforward.calibration.min_max import extrema_of_all_processes
-from fastforward.calibration.observer import Observer
+from fastforward.calibration.observer import BlockObserver, Observer
 from fastforward.exceptions import CalibrationError
 from fastforward.quantization.granularity import rows_by_block
 
 
-class MeanSquaredError(Observer):
+class MeanSquaredError(BlockObserver):
     """The range with the least squared error, out of a grid that the first batch fixes.
 
     A symmetric quantizer gets ``steps`` fractions of the first batch's largest magnitude, up to ``1 + margin`` times
@@ -33,19 +33,13 @@ class MeanSquaredError(Observer):
             raise ValueError(msg)
         self.steps = steps
         self.margin = margin
-        self.parameter_shape: tuple[int, ...] = ()
         self.register_buffer("low", torch.empty(0))
         self.register_buffer("high", torch.empty(0))
         self.register_buffer("errors", torch.empty(0, dtype=torch.float64))
 
-    def update(self, x: Tensor) -> None:
-        rows, self.parameter_shape = rows_by_block(x, self.granularity)
-        rows = rows.to(torch.float32)
+    def update_rows(self, rows: Tensor) -> None:
         if self.errors.numel() == 0:
             self._fix_grid(rows)
-        if rows.shape[0] != self.low.shape[1]:
-            msg = f"{self.site}: {self.granularity} gave {self.low.shape[1]} blocks before and {rows.shape[0]} now"
-            raise CalibrationError(msg)
         for candidate in range(self.low.shape[0]):
             scale, zero_point = self.grid.parameters_for_range(self.low[candidate], self.high[candidate])
             rounded = self.grid.round(rows, scale[:, None], zero_point[:, None])
@@ -66,7 +60,7 @@ class MeanSquaredError(Observer):
 
     def compute_range(self) -> tuple[Tensor, Tensor]:
         best = self.errors.argmin(0, keepdim=True)
-        shape = self.parameter_shape if self.parameter_shape or best.numel() == 1 else (best.numel(),)
+        shape = self.parameter_shape
         return self.low.gather(0, best).reshape(shape), self.high.gather(0, best).reshape(shape)
 
     def absorb(self, other: Self) -> None:

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fastforward.calibration.observer import Observer
+from fastforward.calibration.observer import BlockObserver
 from fastforward.calibration.search import best_range
 from fastforward.exceptions import CalibrationError
-from fastforward.quantization.granularity import rows_by_block
 
 MIN_EXPONENT = -126
 """Smallest exponent of a bin's width: the multiplication by its inverse stays exact in float32."""
 
 
-class HistogramObserver(Observer):
+class HistogramObserver(BlockObserver):
     """Keeps counts per block on the fixed grid; subclasses choose the range.
 
     Args:
@@ -38,40 +37,34 @@ class HistogramObserver(Observer):
             msg = f"bins must be a power of two and at least 4, got {bins}"
             raise ValueError(msg)
         self.requested_bins = bins
-        self.parameter_shape: tuple[int, ...] = ()
         self.register_buffer("counts", torch.empty(0, dtype=torch.int64))
         self.register_buffer("exponent", torch.tensor(MIN_EXPONENT, dtype=torch.int64))
         self.register_buffer("extremes", torch.zeros(2))
 
-    def update(self, x: Tensor) -> None:
-        rows, self.parameter_shape = rows_by_block(x, self.granularity)
-        rows = rows.to(torch.float32)
+    def update_rows(self, rows: Tensor) -> None:
         bounds = torch.stack(torch.aminmax(rows))
         self._take_extremes(bounds)
         if self.counts.numel() == 0:
             bins = self.requested_bins or self.default_bins(rows.shape[0])
-            self.counts = torch.zeros(rows.shape[0], bins, dtype=torch.int64, device=x.device)
+            self.counts = torch.zeros(rows.shape[0], bins, dtype=torch.int64, device=rows.device)
         exponent = exponent_for(float(bounds.abs().max()), self.bins)
-        self._require_rows(rows.shape[0])
         self._widen(exponent)
         self.counts += histogram(rows, self.bins, int(self.exponent))
 
     def absorb(self, other: Self) -> None:
-        self._require_rows(other.counts.shape[0])
         if other.bins != self.bins:
             msg = f"{self.site}: histograms of {self.bins} and {other.bins} bins cannot be merged"
             raise CalibrationError(msg)
+        counts = other.counts
+        if other.parameter_shape != self.parameter_shape:
+            self.share_leading_axis(other.parameter_shape)
+            counts = joined(counts, other.parameter_shape)
         self._take_extremes(other.extremes)
         self._widen(int(other.exponent))
-        self.counts += coarsened(other.counts, int(self.exponent) - int(other.exponent))
+        self.counts += coarsened(counts, int(self.exponent) - int(other.exponent))
 
-    def _require_rows(self, rows: int) -> None:
-        if rows != self.counts.shape[0]:
-            msg = (
-                f"{self.site}: {self.granularity} gives {rows} blocks in this batch and {self.counts.shape[0]} before; "
-                "a histogram needs the same number in all batches"
-            )
-            raise CalibrationError(msg)
+    def join_leading_axis(self) -> None:
+        self.counts = joined(self.counts, self.parameter_shape)
 
     def _take_extremes(self, bounds: Tensor) -> None:
         low, high = torch.minimum(self.extremes[0], bounds[0]), torch.maximum(self.extremes[1], bounds[1])
@@ -116,10 +109,7 @@ class HistogramObserver(Observer):
 
     def compute_range(self) -> tuple[Tensor, Tensor]:
         low, high = self.choose()
-        shape = self.parameter_shape
-        if math.prod(shape) != low.numel():  # loaded from a state: the shape is known again after the next batch
-            shape = tuple(low.shape)
-        return low.reshape(shape), high.reshape(shape)
+        return low.reshape(self.parameter_shape), high.reshape(self.parameter_shape)
 
 
 class Histogram(HistogramObserver):
@@ -215,6 +205,11 @@ def histogram(rows: Tensor, bins: int, exponent: int) -> Tensor:
     if blocks > 1:
         index += torch.arange(blocks, device=rows.device)[:, None] * bins
     return torch.bincount(index.flatten(), minlength=blocks * bins).reshape(blocks, bins)
+
+
+def joined(counts: Tensor, parameter_shape: tuple[int, ...]) -> Tensor:
+    """Return the sum of ``counts`` (``[blocks, bins]``) over the leading axis of the parameters."""
+    return counts.reshape(parameter_shape[0], -1, counts.shape[1]).sum(0)
 
 
 def coarsened(counts: Tensor, doublings: int) -> Tensor:

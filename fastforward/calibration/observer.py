@@ -16,7 +16,7 @@ from typing_extensions import Self
 from fastforward.exceptions import CalibrationError
 from fastforward.nn.lazy_buffers import LazyBuffers
 from fastforward.quantization.affine import AffineGrid, Grid
-from fastforward.quantization.granularity import Granularity, PerTensor
+from fastforward.quantization.granularity import Granularity, PerTensor, rows_by_block
 
 _O = TypeVar("_O", bound="Observer")
 
@@ -143,6 +143,54 @@ class Observer(LazyBuffers):
         """Add the state of ``other``, which has seen data as ``self`` has; what ``merge`` needs of a subclass."""
         msg = f"{type(self).__name__} of {self.site} cannot be merged: it defines no absorb(other)"
         raise CalibrationError(msg)
+
+
+class BlockObserver(Observer):
+    """Base of observers that see each batch as rows, one for every block that has a scale of its own."""
+
+    dims: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("dims", torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Shape of the parameters; part of the state, because rows alone do not tell it."""
+        return tuple(self.dims.tolist())
+
+    def update(self, x: Tensor) -> None:
+        rows, shape = rows_by_block(x, self.granularity)
+        if self._observed == 0 and not int(self.batches):
+            self.dims = torch.tensor(shape, dtype=torch.int64)
+        elif shape != self.parameter_shape:
+            self.share_leading_axis(shape)
+            rows = rows.reshape(shape[0], -1, rows.shape[1]).transpose(0, 1).reshape(-1, shape[0] * rows.shape[1])
+        self.update_rows(rows.to(torch.float32))
+
+    def update_rows(self, rows: Tensor) -> None:
+        """Take in one batch as float32 ``[blocks, elements]``."""
+        raise NotImplementedError
+
+    def share_leading_axis(self, shape: tuple[int, ...]) -> None:
+        """Let all blocks along the leading axis share a range, once a batch has another number of them."""
+        if not shape or shape[1:] != self.parameter_shape[1:]:
+            raise self.shapes_differ(shape)
+        if self.parameter_shape[0] != 1:
+            self.join_leading_axis()
+            self.dims = torch.tensor((1, *shape[1:]), dtype=torch.int64)
+
+    def join_leading_axis(self) -> None:
+        """Merge what is known of the blocks along the leading axis of the parameters."""
+        raise self.shapes_differ((1, *self.parameter_shape[1:]))
+
+    def shapes_differ(self, shape: tuple[int, ...]) -> CalibrationError:
+        """Return the error for a batch whose parameters have another shape."""
+        msg = (
+            f"{self.site}: the parameters of {self.granularity} have shape {shape} in this batch and "
+            f"{self.parameter_shape} before, which {type(self).__name__} cannot bring together"
+        )
+        return CalibrationError(msg)
 
 
 @_disable_dynamo

@@ -3,7 +3,7 @@
 from fastforward.calibration.error_grid import HalfQuadratic, MeanSquaredError
 from fastforward.calibration.histogram import Histogram, HistogramObserver, Percentile
 from fastforward.calibration.min_max import MeanMinMax, MinMax, MovingAverageMinMax
-from fastforward.calibration.observer import Observer
+from fastforward.calibration.observer import BlockObserver, Observer
 from fastforward.calibration.torchao_observers import (
     AffineQuantizedFixedQParamObserver,
     AffineQuantizedMinMaxObserver,
@@ -16,6 +16,7 @@ __all__ = [
     "AffineQuantizedMSEObserver",
     "AffineQuantizedMinMaxObserver",
     "AffineQuantizedObserverBase",
+    "BlockObserver",
     "HalfQuadratic",
     "Histogram",
     "HistogramObserver",

@@ -10,7 +10,7 @@ from fastforward.calibration.estimate import track_ranges
 from fastforward.calibration.observers import Histogram, MinMax, MovingAverageMinMax, Observer
 from fastforward.exceptions import CalibrationError, QuantizationWarning
 from fastforward.nn import DynamicLinearQuantizer, LinearQuantizer, QuantizerMetadata, QuantizerStub
-from fastforward.quantization.granularity import PerChannel
+from fastforward.quantization.granularity import PerChannel, PerToken
 
 
 class Block(torch.nn.Module):
@@ -222,6 +222,18 @@ def test_weights_are_observed_once_until_they_change():
         block(x)
         assert estimation.observers["weight_quantizer"].count == 2
     assert block.weight_quantizer.quantization_range[1].max() >= block.weight.max() * 0.99
+
+
+def test_a_range_per_token_for_any_batch_size():
+    quantizer = LinearQuantizer(8, symmetric=False, granularity=PerToken())
+    with ff.estimate_ranges(quantizer):
+        quantizer(randn(4, 3, 8))
+        quantizer(randn(2, 3, 8, seed=2))
+    x = randn(5, 3, 8, seed=3).clamp(-1, 1)
+    assert quantizer.scale.shape == (1, 3)
+    assert (quantizer(x) - x).abs().max() < quantizer.scale.max()
+    assert torch.equal(quantizer.quantize(x).dequantize(), quantizer(x))
+    assert torch.equal(torch.compile(quantizer, backend="eager")(x), quantizer(x))
 
 
 def test_tracking_simulates_and_freezes():

@@ -151,14 +151,30 @@ def test_min_max_of_all_batches():
     assert torch.equal(high, torch.cat(batches).amax(0))
 
 
-def test_rows_share_a_range_once_their_number_changes():
-    observer = bound(obs.MinMax(), PerToken())
-    batches = [randn(4, 8), randn(2, 8, seed=1), randn(5, 8, seed=2)]
+@pytest.mark.parametrize("make", [obs.MinMax, lambda: obs.Percentile(100)], ids=["minmax", "histogram"])
+def test_rows_share_a_range_once_their_number_changes(make):
+    observer = bound(make(), PerToken())
+    batches = [randn(4, 3, 8), randn(2, 3, 8, seed=1), randn(5, 3, 8, seed=2)]
     for batch in batches:
         observer(batch)
-    low, _ = observer.compute_range()
-    assert low.shape == (1,)
-    assert low.item() == torch.cat(batches).min().item()
+    low, high = observer.compute_range()
+    assert low.shape == (1, 3)
+    torch.testing.assert_close(low, torch.cat(batches).amin((0, 2), keepdim=False)[None], atol=0.01, rtol=0)
+    parts = []
+    for batch in batches:
+        parts.append(bound(make(), PerToken()))
+        parts[-1](batch)
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert torch.equal(merged.compute_range()[1], high)
+    with pytest.raises(CalibrationError, match="in this batch"):
+        observer(randn(4, 2, 8))
+
+
+def test_squared_error_needs_the_same_rows():
+    observer = bound(obs.MeanSquaredError(), PerToken())
+    observer(randn(4, 8))
+    with pytest.raises(CalibrationError, match="cannot bring together"):
+        observer(randn(2, 8))
 
 
 def test_moving_average_and_mean():
