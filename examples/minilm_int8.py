@@ -1,4 +1,4 @@
-"""Sentence embeddings in int8: the real all-MiniLM-L6-v2, quantized and converted in memory. Takes about two minutes on one core.
+"""Sentence embeddings in int8: the real all-MiniLM-L6-v2, quantized and converted in memory. Takes about two minutes.
 
 Calibrates with 64 docstring sentences of Python's standard library and tests with the others: how far the integer
 embeddings are from the float ones, how often the nearest sentence stays the same, how fast both models are.
@@ -36,7 +36,7 @@ def model_directory() -> Path:
 
 
 def docstring_sentences(count: int) -> list[str]:
-    """First sentences of docstrings in the standard library: each once, in an order that does not depend on the machine."""
+    """First sentences of docstrings in the standard library, each once, in the same order everywhere."""
     found: dict[str, str] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for text in _docstrings(path):

@@ -1,7 +1,7 @@
 """``ff.quantize``: a float model and data in, the quantized model out, in one call.
 
-The steps: stubs, one recorded run of the data, the scheme's quantizers where that run says they belong, smoothing, one observed
-run, ranges, weight rounding and bias correction, a coverage summary, integers if asked for.
+The steps: stubs, one recorded run of the data, the scheme's quantizers where that run says they belong, smoothing, one
+observed run, ranges, weight rounding and bias correction, a coverage summary, integers if asked for.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from fastforward.calibration.estimate import estimate_ranges, observable, observ
 from fastforward.calibration.flow import Flow, eager, in_eval_mode, passing_through
 from fastforward.calibration.recorder import FlowRecorder
 from fastforward.calibration.samples import Samples
+from fastforward.calibration.smoothing import without_smoothing
 from fastforward.calibration.undo import Undo
 from fastforward.diagnostics.covering import Coverage, measure, unreached
 from fastforward.exceptions import CalibrationError, QuantizationError, QuantizationWarning
@@ -58,8 +59,8 @@ def quantize(
         data: Iterable of batches: a tensor, a tuple (positional arguments), a mapping (keyword arguments) or
             ``ff.Call(args, kwargs)``. Or a function that runs the model, with or without the model as its argument.
         scheme: Which values are quantized and how: a name in ``ff.schemes``, a scheme, or a ``QuantizationConfig``.
-        observer: An observer class, instance or factory for all ranges. By default each site gets the one that costs its
-            operator's output least.
+        observer: An observer class, instance or factory for all ranges. By default each site gets the one that
+            costs its operator's output least.
         convert: Go on to integers, as ``ff.convert`` does.
         operator_table: Operators to know beside torch's, as in ``ff.quantize_model``.
         replacement_patterns: Patterns to replace in the source, likewise.
@@ -125,7 +126,9 @@ class _Calibration:
         smoothing: dict[str, Tensor] = {}
         if "smooth" in self.scheme.steps:
             self._keep_smoothing()
-            smoothing = calibration_steps.smooth_linears(self.model, flow, samples)
+            smoothing, folded = calibration_steps.smooth_linears(self.model, flow, samples, self.undo)
+            if folded:
+                flow, samples = self._record()
         self._observe(flow, samples, smoothing)
         if {"round_weights", "correct_bias"} & set(self.scheme.steps):
             calibration_steps.refine_linears(self.model, flow, samples, self.scheme.steps, self.undo)
@@ -138,7 +141,7 @@ class _Calibration:
     def _record(self) -> tuple[Flow, Samples]:
         samples = Samples(len(self.batches))
         recorder = FlowRecorder(self.model, table=self.table, listener=samples)
-        with passing_through(self.model), recorder:
+        with without_smoothing(self.model), passing_through(self.model), recorder:
             self.batches.run(self.model, "recording", progress=self.progress, each=recorder.output)
         return recorder.flow(), samples
 
@@ -152,8 +155,9 @@ class _Calibration:
     def _settle(self) -> bool:
         """Look again with quantizers in place, since code may take another branch then; return whether it did.
 
-        A quantizer returns another object than it was given. Where the source asks ``key is value``, as torch's attention
-        does, other sites matter from then on: they get quantizers, and those that govern nothing any more lose theirs.
+        A quantizer returns another object than it was given. Where the source asks ``key is value``, as torch's
+        attention does, other sites matter from then on: they get quantizers, and those that govern nothing any
+        more lose theirs.
         """
         changed = False
         for _ in range(_ROUNDS):
@@ -161,7 +165,9 @@ class _Calibration:
             with passing_through(self.model), recorder:
                 self.batches.run_first(self.model)
             flow = recorder.flow()
-            added = [choice for choice in self.scheme.apply(self.model, flow.governing()) if choice.quantizer is not None]
+            added = [
+                choice for choice in self.scheme.apply(self.model, flow.governing()) if choice.quantizer is not None
+            ]
             _back_to_stubs(self.model, [choice.site for choice in added if choice.site not in flow.reached])
             if not any(choice.site in flow.reached for choice in added):
                 break
@@ -254,7 +260,7 @@ def _summary(model: torch.nn.Module, batches: Batches, never: tuple[str, ...]) -
 
 
 def _convert(model: torch.nn.Module, batches: Batches) -> None:
-    from fastforward.integer import convert
+    from fastforward.integer.convert import convert
 
     example = batches.first
     with in_eval_mode(model):
@@ -264,5 +270,6 @@ def _convert(model: torch.nn.Module, batches: Batches) -> None:
 def _warn_unreached(sites: Sequence[str]) -> None:
     if sites:
         more = f" and {len(sites) - 10} more" if len(sites) > 10 else ""
-        msg = f"calibration never reached {', '.join(sites[:10])}{more}: they stay float. Add data that does, or leave them so"
+        where = ", ".join(sites[:10]) + more
+        msg = f"calibration never reached {where}: they stay float. Add data that does, or leave them so"
         warnings.warn(msg, QuantizationWarning, stacklevel=3)

@@ -1,6 +1,7 @@
-"""Batch-norm folding: a batch norm that follows a convolution or linear layer, and nothing else, becomes part of its weights.
+"""Batch-norm folding: a batch norm that alone follows a convolution or linear layer becomes part of its weights.
 
-Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018, section 3.2.
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018,
+section 3.2.
 """
 
 import dataclasses

@@ -52,7 +52,9 @@ class Batches:
     def __len__(self) -> int:
         return 1 if self._function is not None else len(self._calls)
 
-    def run(self, model: torch.nn.Module, label: str, *, progress: bool, each: Callable[[Any], None] | None = None) -> None:
+    def run(
+        self, model: torch.nn.Module, label: str, *, progress: bool, each: Callable[[Any], None] | None = None
+    ) -> None:
         """Run all data through ``model``; ``each`` gets what every call returned."""
         if self._function is not None:
             result = self._function(model) if _takes_model(self._function) else self._function()
@@ -96,7 +98,9 @@ def as_call(batch: Any) -> Call:
 def _calls(data: Any) -> list[Call]:
     if isinstance(data, (torch.Tensor, str, Mapping, Call)) or not isinstance(data, Iterable):
         hint = "wrap a single batch in a list: [batch]" if isinstance(data, (torch.Tensor, Mapping, Call)) else ""
-        msg = f"data must be an iterable of batches or a function that runs the model, got {type(data).__name__}; {hint}"
+        msg = (
+            f"data must be an iterable of batches or a function that runs the model, got {type(data).__name__}; {hint}"
+        )
         raise TypeError(msg.removesuffix("; "))
     calls = [as_call(batch) for batch in data]
     if not calls:

@@ -1,7 +1,7 @@
 """Bias correction: the mean error that quantization causes at a layer's output is taken off its bias.
 
-Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2, with the means taken from
-calibration data. It acts on layers that have a bias.
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2, with
+the means taken from calibration data. It acts on layers that have a bias.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """``observer="auto"``: at each site the observer whose range costs the operator's output least.
 
 No single observer is right everywhere: on MiniLM the range of least squared error is 3 dB better than min-max after a
-GELU and 10 dB worse at the inputs of attention. What counts is the error of the operator's output, so that is measured, on
-a sample of its operands.
+GELU and 10 dB worse at the inputs of attention. What counts is the error of the operator's output, so that is
+measured, on a sample of its operands.
 """
 
 import dataclasses
@@ -17,15 +17,16 @@ from fastforward.calibration.estimate import ObserverFactory, RangeSettable
 from fastforward.calibration.flow import Flow
 from fastforward.calibration.histogram import Histogram, Percentile
 from fastforward.calibration.min_max import MinMax
-from fastforward.calibration.observer import Grid, Observer
+from fastforward.calibration.observer import Observer
 from fastforward.calibration.samples import SampledCall, Samples
 from fastforward.nn.quantizer import Quantizer
+from fastforward.quantization.affine import Grid
 from fastforward.quantization.granularity import Granularity, PerTensor
 
 Judge = Callable[[Sequence[Callable[[Tensor], Tensor]]], int]
 MARGIN = 0.95
-"""A later candidate replaces an earlier one only if it lowers the error below this share: ranges that clip look better on
-the data they were made from than on any other."""
+"""A later candidate replaces an earlier one only if it lowers the error below this share: ranges that clip look better
+on the data they were made from than on any other."""
 _JUDGED_ROWS = 128
 """Rows of each sampled call of a linear layer that errors are measured on."""
 
@@ -125,9 +126,7 @@ class Candidates(Observer):
         return lambda x: self.grid.round(x.float(), scale, zero_point).to(x.dtype)
 
 
-def automatic(
-    flow: Flow, samples: Samples, smoothing: Mapping[str, Tensor] | None = None
-) -> ObserverFactory:
+def automatic(flow: Flow, samples: Samples, smoothing: Mapping[str, Tensor] | None = None) -> ObserverFactory:
     """The observer of each site when none is asked for.
 
     Args:
@@ -141,7 +140,11 @@ def automatic(
         if "parameter" in quantizer.quant_metadata:
             few_bits = getattr(quantizer, "num_bits", 8) <= 4
             return MeanSquaredError() if few_bits else MinMax()
-        if name not in uses or not isinstance(quantizer, RangeSettable) or not isinstance(quantizer.granularity, PerTensor):
+        if (
+            name not in uses
+            or not isinstance(quantizer, RangeSettable)
+            or not isinstance(quantizer.granularity, PerTensor)
+        ):
             return MinMax()
         return Candidates(_judge(uses[name]))
 

@@ -32,6 +32,7 @@ class Operand:
         channel_axis: Axis of a weight that becomes the output's channels, in the tensor that the quantizer sees.
         shape: Shape of that tensor, for a weight.
         producer: The site that computed the value; ``None`` for inputs and parameters.
+        direct: Whether the value is as the producer made it: no movement has changed where its elements are.
     """
 
     argument: str
@@ -41,6 +42,7 @@ class Operand:
     channel_axis: int | None = None
     shape: tuple[int, ...] | None = None
     producer: int | None = None
+    direct: bool = False
 
 
 @dataclasses.dataclass
@@ -117,7 +119,8 @@ class Flow:
     def governing(self) -> "dict[str, Role]":
         """The role of each stub that governs an operand; what a scheme's ``apply`` takes.
 
-        A stub whose value serves as an activation anywhere is an activation; a weight used with different channel axes has none.
+        A stub whose value serves as an activation anywhere is an activation; a weight used with different channel axes
+        has none.
         """
         from fastforward.selection.roles import Role
 

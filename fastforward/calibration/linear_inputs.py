@@ -1,4 +1,4 @@
-"""What weight rounding and bias correction need of a linear layer: its sampled inputs, before and after quantization."""
+"""What weight rounding and bias correction need of a linear layer: its sampled inputs, as they are and quantized."""
 
 import dataclasses
 from collections.abc import Iterator

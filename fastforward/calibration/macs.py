@@ -40,12 +40,12 @@ def _inner(arguments: Arguments, out: Tensor) -> int:
 
 def _conv(arguments: Arguments, out: Tensor) -> int:
     weight = arguments["weight"]
-    return out.numel() * weight.numel() // weight.shape[0]
+    return out.numel() * int(weight.numel()) // int(weight.shape[0])
 
 
 def _conv_transpose(arguments: Arguments, out: Tensor) -> int:
     weight = arguments["weight"]
-    return int(arguments["input"].numel()) * weight.numel() // int(weight.shape[0])
+    return int(arguments["input"].numel()) * int(weight.numel()) // int(weight.shape[0])
 
 
 def _conv_tbc(arguments: Arguments, out: Tensor) -> int:
@@ -55,7 +55,7 @@ def _conv_tbc(arguments: Arguments, out: Tensor) -> int:
 
 def _attention(arguments: Arguments, out: Tensor) -> int:
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
-    rows = query.numel() // query.shape[-1]
+    rows = int(query.numel()) // int(query.shape[-1])
     return rows * int(key.shape[-2]) * int(query.shape[-1] + value.shape[-1])
 
 
@@ -95,7 +95,9 @@ def _tensordot(arguments: Arguments, out: Tensor) -> int:
 def _recurrent(arguments: Arguments, out: Tensor) -> int:
     """Every weight matrix once per element of the batch and per step."""
     groups = (arguments.get("params"), [arguments.get("w_ih"), arguments.get("w_hh")])
-    weights = [w for group in groups if group is not None for w in group if isinstance(w, torch.Tensor) and w.dim() == 2]
+    weights = [
+        w for group in groups if group is not None for w in group if isinstance(w, torch.Tensor) and w.dim() == 2
+    ]
     return sum(w.numel() for w in weights) * (out.numel() // max(int(out.shape[-1]), 1))
 
 

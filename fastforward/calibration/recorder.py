@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import fastforward
-from fastforward.autoquant.scope import Scope
 from fastforward.autoquant.optable import Operator, OperatorTable, default_table
+from fastforward.autoquant.scope import Scope
 from fastforward.calibration.flow import OUTPUT, Flow, Operand, OperandKind, Site, quantizer_names
 from fastforward.calibration.macs import multiply_accumulates
 from fastforward.calibration.trace import UNLISTED_MOVES, Trace, fresh, is_parameter, moved, passed, tensors_in
@@ -70,7 +70,7 @@ class FlowRecorder(TorchFunctionMode):
         self._also = also
         self._model, self._table, self._listener, self._live = model, table or default_table(), listener, live
         self._integer = integer or (lambda module: None)
-        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
         self._stack: list[torch.nn.Module] = []
         self._hidden = 0
         self._traces: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -94,11 +94,11 @@ class FlowRecorder(TorchFunctionMode):
             after = torch.nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True)
             stack.callback(after.remove)
             self._exit = stack.pop_all()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
+        super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
         self._exit.close()
         self._stack.clear()
         self._hidden = 0
@@ -143,7 +143,8 @@ class FlowRecorder(TorchFunctionMode):
     def _module_path(self, module: torch.nn.Module | None = None) -> str:
         if module is not None:
             return self._paths.get(id(module), "")
-        return next((self._paths[id(m)] for m in reversed(self._stack) if id(m) in self._paths), "")
+        paths = self._paths
+        return next((paths[id(module)] for module in reversed(self._stack) if id(module) in paths), "")
 
     # ------------------------------------------------------------------ stubs and quantizers
     def record(self, quantizer: Quantizer, tensor_in: Tensor, tensor_out: Tensor) -> None:
@@ -275,16 +276,17 @@ class FlowRecorder(TorchFunctionMode):
             axis = -2
         kind: OperandKind = "weight" if trace.parameter and axis is not None else "activation"
         passage = trace.governing(alive)
+        direct = trace.value == trace.root
         if passage is None:
-            return Operand(argument, kind, None, producer=trace.producer), None
+            return Operand(argument, kind, None, producer=trace.producer, direct=direct), None
+        quantizer = passage.quantizer
+        active = not quantizer.is_stub()
         if kind == "activation":
-            self._values.setdefault(id(passage.quantizer), set()).add(trace.value)
-            return Operand(argument, kind, None, not passage.quantizer.is_stub(), producer=trace.producer), passage.quantizer
-        followed = passage.axes[axis] if tensor.dim() else -1
+            self._values.setdefault(id(quantizer), set()).add(trace.value)
+            return Operand(argument, kind, None, active, producer=trace.producer, direct=direct), quantizer
+        followed = passage.axes[axis] if axis is not None and tensor.dim() else -1
         channel_axis = None if followed < 0 else followed
-        active = not passage.quantizer.is_stub()
-        operand = Operand(argument, kind, None, active, channel_axis, passage.shape, trace.producer)
-        return operand, passage.quantizer
+        return Operand(argument, kind, None, active, channel_axis, passage.shape, trace.producer, direct), quantizer
 
     def _operator(self, func: Any, name: str) -> Operator | None:
         if func in _C_ORDER:
@@ -339,9 +341,7 @@ def _name(func: Any) -> str:
     return name
 
 
-def _bind(
-    operator: Operator, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bind(operator: Operator, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the names of the operator's schema; those of a variadic parameter as a list."""
     if func in _C_ORDER:
         return {**dict(zip(_C_ORDER[func], args, strict=False)), **kwargs}

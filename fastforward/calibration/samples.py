@@ -1,7 +1,7 @@
 """A bounded sample of what multiplying operators were given, so that their output can be computed again.
 
-Candidates for a quantizer are judged by the error they cause at the operator's output. That takes operands: for a linear
-layer a sample of rows, for others the first entries of the batch.
+Candidates for a quantizer are judged by the error they cause at the operator's output. That takes operands: for a
+linear layer a sample of rows, for others the first entries of the batch.
 """
 
 import dataclasses
@@ -36,7 +36,6 @@ class SampledCall:
         assert function is not None  # a row of the table that has just been called
         result: Tensor = function(**{**self.arguments, **replaced})
         return result
-
 
     def thinned(self, rows: int) -> "SampledCall":
         """The same call of a linear layer with at most ``rows`` rows; of other operators, the call itself."""
@@ -73,12 +72,12 @@ class Samples:
         if cut is not None:
             kept = {name: _own(value) for name, value in cut.items()}
             self.calls.setdefault(site.number, []).append(SampledCall(operator, kept))
-            taken = sum(v.numel() for v in kept.values() if isinstance(v, Tensor) and not isinstance(v, torch.nn.Parameter))
+            taken = sum(
+                v.numel() for v in kept.values() if isinstance(v, Tensor) and not isinstance(v, torch.nn.Parameter)
+            )
             self._elements[site.number] = self._elements.get(site.number, 0) + taken
 
-    def _linear_rows(
-        self, site: Site, arguments: dict[str, Any], traces: Mapping[str, Trace]
-    ) -> dict[str, Any] | None:
+    def _linear_rows(self, site: Site, arguments: dict[str, Any], traces: Mapping[str, Trace]) -> dict[str, Any] | None:
         x = arguments["input"]
         taken = sum(int(call.arguments["input"].shape[0]) for call in self.calls.get(site.number, ()))
         limit = min(self._rows_per_call, ROWS - taken, ELEMENTS // max(int(x.shape[-1]), 1))

@@ -3,13 +3,14 @@
 ``fold_batch_norm``
     A batch norm that alone follows a convolution or linear layer becomes part of its weights.
 ``smooth``
-    Scale is moved from the inputs of linear layers to their weights; layers that share an input share the scale.
+    Scale is moved from the inputs of linear layers to their weights; layers that share an input share the scale. It is
+    folded into the norm or linear layer before where that feeds nothing else, and stays a multiplication where not.
 ``round_weights``
     Weights of linear layers are rounded with error feedback instead of each to its nearest integer.
 ``correct_bias``
     The mean error at a layer's output is taken off its bias.
 
-All but ``smooth`` change parameters: the model's float values are then those that rounding leaves.
+Steps change parameters: the model's float values are then those that rounding leaves.
 """
 
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from fastforward.calibration.flow import Flow
 from fastforward.calibration.linear_inputs import LinearInputs, linear_inputs
 from fastforward.calibration.samples import SampledCall, Samples
 from fastforward.calibration.smoothing import smooth, smoothing_groups
+from fastforward.calibration.smoothing_fold import fold_into, producer
 from fastforward.calibration.undo import Undo
 
 STEPS = ("fold_batch_norm", "smooth", "round_weights", "correct_bias")
@@ -46,17 +48,30 @@ def fold_batch_norms(model: torch.nn.Module, flow: Flow, undo: Undo) -> int:
     return len(pairs)
 
 
-def smooth_linears(model: torch.nn.Module, flow: Flow, samples: Samples) -> dict[str, Tensor]:
-    """Search and set the smoothing of every linear layer that can have one; return it by input quantizer."""
+def smooth_linears(model: torch.nn.Module, flow: Flow, samples: Samples, undo: Undo) -> tuple[dict[str, Tensor], int]:
+    """Search and set the smoothing of every linear layer that can have one.
+
+    Returns:
+        The smoothings that the layers apply themselves, by input quantizer; and how many were folded into what comes
+        before instead: after that, ``samples`` are no longer what the layers get.
+    """
     chosen: dict[str, Tensor] = {}
+    folded = 0
+    shared = shared_parameters(model)
     for group in smoothing_groups(model, flow, samples):
         scale, _ = smooth(group)
         if scale is None:
             continue
+        owned = all(id(layer.weight) not in shared for layer in group.layers.values())
+        source = producer(model, flow, group.layers, shared) if owned else None
+        if source is not None:
+            fold_into(source, group.layers.values(), scale, undo)
+            folded += 1
+            continue
         for path, layer in group.layers.items():
             layer.smoothing = scale.clone()
             chosen[f"{path}.input_quantizer" if path else "input_quantizer"] = scale
-    return chosen
+    return chosen, folded
 
 
 def refine_linears(model: torch.nn.Module, flow: Flow, samples: Samples, steps: Iterable[str], undo: Undo) -> None:

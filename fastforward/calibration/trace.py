@@ -15,8 +15,28 @@ UNKNOWN = -1
 
 # Movements that leave every element where it is.
 _IDENTITY = frozenset(
-    "contiguous clone detach detach_ alias to type type_as float half bfloat16 double cpu cuda requires_grad_ data "
-    "__deepcopy__ lift_fresh real pin_memory".split()
+    [
+        "contiguous",
+        "clone",
+        "detach",
+        "detach_",
+        "alias",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "cpu",
+        "cuda",
+        "requires_grad_",
+        "data",
+        "__deepcopy__",
+        "lift_fresh",
+        "real",
+        "pin_memory",
+    ]
 )
 # Data movement that the operator table does not list, because it is no call in the source.
 UNLISTED_MOVES = frozenset({"__getitem__", "T", "mT", "H", "mH", "data", "alias", "detach_", "swapaxes", "swapdims"})
@@ -31,7 +51,8 @@ class Passage:
     Attributes:
         quantizer: The stub or quantizer.
         context: Whose code called it: the scope of a rewritten function, or a hand-written module.
-        axes: For each axis of the tensor, the axis of the tensor that the quantizer saw; ``UNKNOWN`` where that is lost.
+        axes: For each axis of the tensor, the axis of the tensor that the quantizer saw; ``UNKNOWN`` where
+            that is lost.
         shape: Shape of the tensor that the quantizer saw.
     """
 
@@ -93,12 +114,15 @@ def passed(trace: Trace, quantizer: Quantizer, context: object, out: Tensor, *, 
     return dataclasses.replace(trace, passages=(*kept, passage))
 
 
-def moved(trace: Trace, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: Tensor, out: Tensor) -> Trace:
+def moved(
+    trace: Trace, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: Tensor, out: Tensor
+) -> Trace:
     """The trace of ``out``, which the movement called ``name`` made of ``source``."""
     if name in _IDENTITY:
         return trace
     passages = tuple(
-        dataclasses.replace(passage, axes=_axes(passage.axes, name, args, kwargs, source, out)) for passage in trace.passages
+        dataclasses.replace(passage, axes=_axes(passage.axes, name, args, kwargs, source, out))
+        for passage in trace.passages
     )
     return dataclasses.replace(trace, value=next(_numbers), passages=passages)
 
@@ -110,8 +134,7 @@ def _axes(
     if order is not None:
         return tuple(axes[axis] for axis in order)
     if name in ("flip", "narrow", "split", "chunk", "tensor_split", "__getitem__", "index_select", "split_with_sizes"):
-        if out.dim() == source.dim():
-            return axes
+        return axes
     return _matching(axes, tuple(source.shape), tuple(out.shape))
 
 

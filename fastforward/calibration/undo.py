@@ -1,9 +1,9 @@
 """Puts a model back as it was when a step after the first change fails."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class Undo:
@@ -21,7 +21,7 @@ class Undo:
         for store in (module._parameters, module._buffers):
             self._keep_store(store)
 
-    def _keep_store(self, store: "dict[str, Tensor | None]") -> None:
+    def _keep_store(self, store: dict[str, Any]) -> None:
         before = dict(store)
         values = {name: tensor.detach().clone() for name, tensor in store.items() if tensor is not None}
 

@@ -1,7 +1,8 @@
 """Weight rounding by error feedback: each weight's rounding error is made up for by those not rounded yet.
 
-Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023, section 3, on the inputs as the
-quantized layer sees them. Their mean is taken out first: what rounding does to it is a constant, which bias correction removes.
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023, section 3, on
+the inputs as the quantized layer sees them. Their mean is taken out first: what rounding does to it is a constant,
+which bias correction removes.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Seeing what quantization did: coverage, signal-to-noise ratios, sensitivity, a report; names are loaded on first use."""
+"""Seeing what quantization did: coverage, noise, sensitivity, a report; names are loaded on first use."""
 
 import importlib
 from typing import Any

@@ -1,17 +1,18 @@
 """Coverage: each operator that a run executes, whether it works on quantized operands, and if not, why.
 
-An operand counts as quantized when it really came out of an active quantizer, with nothing but data movement in between, or
+An operand counts as quantized when it really came out of an active quantizer, with only data movement in between, or
 when an integer layer multiplied it.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastforward.calibration.batches import Call, as_call
 from fastforward.calibration.flow import Flow, Operand, Site, eager, in_eval_mode
 from fastforward.calibration.recorder import FlowRecorder
 from fastforward.diagnostics.table import html_table, text_table
@@ -90,8 +91,12 @@ class Coverage:
         """Return this, or raise QuantizationError if less than ``share`` of the multiply-accumulates are quantized."""
         if self.share < share:
             float_rows = sorted((row for row in self.multiplying if not row.quantized), key=lambda row: -row.macs)
-            worst = "; ".join(f"{row.operator} at {row.place} ({row.share:.1%}): {row.reason}" for row in float_rows[:5])
-            msg = f"{self.share:.1%} of the multiply-accumulates are quantized, {share:.1%} are required. Float: {worst}"
+            worst = "; ".join(
+                f"{row.operator} at {row.place} ({row.share:.1%}): {row.reason}" for row in float_rows[:5]
+            )
+            msg = (
+                f"{self.share:.1%} of the multiply-accumulates are quantized, {share:.1%} are required. Float: {worst}"
+            )
             raise QuantizationError(msg)
         return self
 
@@ -104,7 +109,9 @@ class Coverage:
         ]
         for row in self.multiplying:
             if not row.quantized:
-                lines.append(f"  float: {row.operator} at {_short(row.place)} in {row.module or 'the model'}: {row.reason}")
+                lines.append(
+                    f"  float: {row.operator} at {_short(row.place)} in {row.module or 'the model'}: {row.reason}"
+                )
         others = {row.operator for row in self.rows if not row.macs and not row.quantized}
         if others:
             lines.append(f"  float, nothing multiplied: {', '.join(sorted(others))}")
@@ -144,13 +151,11 @@ def coverage(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> Coverage:
         >>> float(ff.coverage(torch.nn.Linear(2, 2), torch.zeros(1, 2)).share)
         0.0
     """
-    if len(inputs) == 1 and not keywords and hasattr(inputs[0], "args") and hasattr(inputs[0], "kwargs"):
-        inputs, keywords = tuple(inputs[0].args), dict(inputs[0].kwargs)
-    elif len(inputs) == 1 and not keywords and isinstance(inputs[0], dict):
-        inputs, keywords = (), inputs[0]
+    single = len(inputs) == 1 and not keywords and isinstance(inputs[0], (Call, Mapping))
+    call = as_call(inputs[0]) if single else Call(inputs, keywords)
     inner = getattr(model, "_orig_mod", model)
     with in_eval_mode(inner), eager():
-        return measure(inner, lambda: inner(*inputs, **keywords))
+        return measure(inner, lambda: inner(*call.args, **call.kwargs))
 
 
 def measure(model: torch.nn.Module, run: Callable[[], Any]) -> Coverage:

@@ -46,7 +46,9 @@ def report(model: torch.nn.Module, data: Data, path: str | Path) -> Path:
     names = quantizer_names(model)
     sites = [(names[key], site) for key, site in values.sites.items() if key in names]
     if not sites and not found.integer_share:
-        msg = f"{type(model).__name__} has no active quantizers: call ff.quantize(model, data) before asking for a report"
+        msg = (
+            f"{type(model).__name__} has no active quantizers: call ff.quantize(model, data) before asking for a report"
+        )
         raise QuantizationError(msg)
     target = Path(path)
     target.write_text(page(type(model).__name__, found, sites), encoding="utf-8")
@@ -57,14 +59,15 @@ def page(name: str, found: Coverage, sites: list[tuple[str, SiteValues]]) -> str
     """The page as HTML text."""
     title = html.escape(f"Quantization of {name}")
     return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style></head>"
-        f"<body><h1>{title}</h1><pre>{html.escape(found.summary())}</pre>"
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><pre>{html.escape(found.summary())}</pre>"
         f"<h2>Sites</h2>{_site_table(sites)}<h2>Operators</h2>{found.to_html()}</body></html>\n"
     )
 
 
 def _site_table(sites: list[tuple[str, SiteValues]]) -> str:
-    head = "<tr><th>site</th><th>source</th><th>range</th><th>seen</th><th>values</th><th>clipped</th><th>SQNR dB</th></tr>"
+    titles = ("site", "source", "range", "seen", "values", "clipped", "SQNR dB")
+    head = "<tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"
     rows = "\n".join(_site_row(name, site) for name, site in sorted(sites, key=lambda pair: pair[1].sqnr))
     return f'<table class="sites"><thead>{head}</thead><tbody>\n{rows}\n</tbody></table>'
 

@@ -1,4 +1,4 @@
-"""Smoothing, weight rounding, bias correction and batch-norm folding: each makes rounding cost less, or costs nothing."""
+"""Smoothing, weight rounding, bias correction, batch-norm folding: each makes rounding cost less, or costs nothing."""
 
 import pytest
 import torch
@@ -65,6 +65,50 @@ def test_layers_that_share_an_input_share_smoothing_and_range() -> None:
     assert torch.equal(model.a.smoothing, model.b.smoothing)
     assert torch.equal(model.a.input_quantizer.scale, model.b.input_quantizer.scale)
     assert torch.equal(model.a.input_quantizer.zero_point, model.b.input_quantizer.zero_point)
+
+
+class PreNorm(nn.Module):
+    """Two layers read a norm's result; with ``skip``, an addition does so too."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+        nn.init.normal_(self.norm.weight)
+        self.norm.weight.data[:3] *= 30
+        self.skip = skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        y = self.a(h) * torch.sigmoid(self.b(h))
+        return y + h if self.skip else y
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_smoothing_is_folded_into_a_norm_that_feeds_nothing_else(skip: bool) -> None:
+    model, data = PreNorm(skip).eval(), [torch.randn(64, 32) for _ in range(4)]
+    before, expected = model.norm.weight.detach().clone(), model(data[0])
+    ff.quantize(model, data, scheme=with_steps("smooth"), progress=False)
+    assert (model.a.smoothing is None) is not skip
+    assert torch.equal(model.norm.weight, before) is skip
+    assert ff.sqnr(expected, model(data[0])) > 30
+    with ff.disable_quantization(model):
+        torch.testing.assert_close(model(data[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_folding_and_keeping_a_smoothing_are_equally_good() -> None:
+    def quality_of(fold: bool, monkeypatch: pytest.MonkeyPatch) -> float:
+        torch.manual_seed(0)
+        model, data = PreNorm(False).eval(), [torch.randn(64, 32) for _ in range(4)]
+        expected = model(data[0])
+        with monkeypatch.context() as patch:
+            if not fold:
+                patch.setattr("fastforward.calibration.steps.producer", lambda *args: None)
+            ff.quantize(model, data, progress=False)
+        assert (model.a.smoothing is None) is fold
+        return ff.sqnr(expected, model(data[0]))
+
+    monkeypatch = pytest.MonkeyPatch()
+    assert quality_of(True, monkeypatch) == pytest.approx(quality_of(False, monkeypatch), abs=1.0)
 
 
 def test_no_smoothing_where_it_cannot_help() -> None:

@@ -50,7 +50,11 @@ def test_a_quantized_model_is_covered_and_its_other_operators_are_listed() -> No
     ff.quantize(model, [torch.randn(8, 8)], progress=False)
     found = ff.coverage(model, torch.randn(8, 8))
     assert found.share == 1.0 and found.integer_share == 0.0
-    assert {row.operator: row.mode for row in found.rows} == {"linear": "simulated", "relu": "float", "matmul": "simulated"}
+    assert {row.operator: row.mode for row in found.rows} == {
+        "linear": "simulated",
+        "relu": "float",
+        "matmul": "simulated",
+    }
     assert {row.place.rpartition(":")[0] for row in found.rows} == {__file__}
 
 
@@ -75,7 +79,9 @@ def test_weight_only_schemes_say_why_activations_stay_float() -> None:
 def test_data_movement_carries_quantization_and_an_operator_does_not(compute: bool, active: bool) -> None:
     model = Moved(compute).eval()
     ff.quantize_model(model)
-    name = next(name for name, q in model.named_quantizers(skip_stubs=False) if "x" in name or "reshape" in name or "y" in name)
+    name = next(
+        name for name, q in model.named_quantizers(skip_stubs=False) if "x" in name or "reshape" in name or "y" in name
+    )
     found = ff.coverage(model, torch.randn(8, 8))
     assert not found.share
     quantizer = ff.nn.LinearQuantizer(8)
@@ -108,7 +114,9 @@ def test_operators_in_modules_that_could_not_be_rewritten_are_named_as_outside()
 
 def test_requiring_coverage() -> None:
     model, x = Half().eval(), torch.randn(8, 8)
-    with pytest.raises(ff.exceptions.QuantizationError, match=r"0.0% .*required. Float: (linear|matmul) at .*test_coverage.py"):
+    with pytest.raises(
+        ff.exceptions.QuantizationError, match=r"0.0% .*required. Float: (linear|matmul) at .*test_coverage.py"
+    ):
         ff.coverage(model, x).require(0.95)
     ff.quantize(model, [x], progress=False)
     assert ff.coverage(model, x).require(0.95).share == 1.0

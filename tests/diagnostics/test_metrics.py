@@ -13,9 +13,7 @@ import fastforward as ff
 from fastforward.diagnostics.reporting import histogram_svg
 
 
-@pytest.mark.parametrize(
-    ("noise", "expected"), [(0.0, math.inf), (1.0, 0.0), (0.1, 20.0), (0.01, 40.0)]
-)
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, math.inf), (1.0, 0.0), (0.1, 20.0), (0.01, 40.0)])
 def test_sqnr_is_the_ratio_of_powers(noise: float, expected: float) -> None:
     reference = torch.ones(10)
     assert ff.sqnr(reference, reference + noise) == pytest.approx(expected, abs=1e-3)

@@ -86,7 +86,9 @@ def test_a_function_without_arguments_runs_the_model_too() -> None:
 def test_one_value_is_quantized_once() -> None:
     model = Net()
     ff.quantize(model, batches(), progress=False)
-    assert active(model) == {f"{layer}.{role}_quantizer" for layer in ("first", "second") for role in ("input", "weight")}
+    assert active(model) == {
+        f"{layer}.{role}_quantizer" for layer in ("first", "second") for role in ("input", "weight")
+    }
 
 
 def test_code_that_compares_identities_keeps_all_its_products_quantized() -> None:
@@ -199,7 +201,7 @@ BAD = [
     (Net, lambda: "abc", {}, TypeError, "iterable of batches"),
     (Net, lambda: [3], {}, TypeError, "batch must be"),
     (Net, lambda: [torch.full((2, 8), float("nan"))], {}, ff.exceptions.CalibrationError, "NaN or infinity"),
-    (Net, lambda: [*batches(), torch.full((2, 8), float("inf"))], {}, ff.exceptions.CalibrationError, "NaN or infinity"),
+    (Net, lambda: [*batches(), torch.full((2, 8), float("inf"))], {}, ff.exceptions.CalibrationError, "NaN or inf"),
     (Net, batches, {"scheme": "w8a9"}, ValueError, "unknown scheme 'w8a9'.*w8a8_dynamic"),
     (Net, batches, {"scheme": 8}, TypeError, "scheme"),
     (Net, batches, {"observer": 3}, TypeError, "observer must be"),
@@ -212,7 +214,11 @@ BAD = [
 
 @pytest.mark.parametrize(("make", "data", "options", "error", "message"), BAD)
 def test_bad_input_is_a_clear_error_and_leaves_the_model_as_it_was(
-    make: Callable[[], nn.Module], data: Callable[[], Any], options: dict[str, Any], error: type[Exception], message: str
+    make: Callable[[], nn.Module],
+    data: Callable[[], Any],
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     model = make()
     classes, state = [type(module) for module in model.modules()], stored(model)
@@ -249,7 +255,9 @@ def test_a_failure_in_any_step_is_rolled_back(step: str, monkeypatch: pytest.Mon
         raise KeyboardInterrupt(msg)
 
     monkeypatch.setattr(steps, step, failing)
-    model = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 4))
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 4)
+    )
     model.train()
     classes, state = [type(module) for module in model.modules()], stored(model)
     with pytest.raises(KeyboardInterrupt):
