@@ -31,7 +31,7 @@ def main() -> None:
         for batch in batches[rank::processes]:
             model(batch)
 
-    for name, quantizer in ff.find_quantizers(model, "**/input_quantizer").named_modules():
+    for name, quantizer in ff.find_quantizers(model, "**/[cls:nn.Linear]/input_quantizer").named_modules():
         low, high = (bound.item() for bound in quantizer.quantization_range)
         print(f"process {rank}, {len(batches[rank::processes])} batches: {name} from {low:.6f} to {high:.6f}")
     if dist.is_initialized():
