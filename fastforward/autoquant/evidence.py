@@ -3,15 +3,18 @@
 import ast
 import copy
 import types
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 import fastforward
+from fastforward.autoquant.annotation_check import wrong_annotations
 from fastforward.autoquant.classtext import ModuleText
 from fastforward.autoquant.helpers import SiteKey
 from fastforward.autoquant.render import render
+from fastforward.exceptions import QuantizationWarning
 
 
 def sites_without_tensors(
@@ -28,10 +31,11 @@ def sites_without_tensors(
     Returns:
         The sites that none did, on no call path.
     """
+    args, kwargs = call_arguments(example_inputs)
+    _check_annotations(module, text, args, kwargs)
     classes = _generated_classes(text, tree)
     model = fastforward.nn.quantize_model(copy.deepcopy(module), extra_conversion=classes)
     recorder = _Recorder()
-    args, kwargs = call_arguments(example_inputs)
     quantizers = fastforward.nn.quantizer
     with (
         fastforward.nn.module.stubs_live(model),
@@ -42,6 +46,17 @@ def sites_without_tensors(
         model(*args, **kwargs)
     every = {key for stubs in text.stubs.values() for key in stubs.values()}
     return frozenset(every - _reached(model, text, recorder.seen))
+
+
+def _check_annotations(
+    module: torch.nn.Module, text: ModuleText, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if not text.graph.use_type_inference:
+        return
+    model = copy.deepcopy(module)
+    with torch.random.fork_rng(), torch.no_grad():
+        for message in wrong_annotations(text.graph.units(), lambda: model(*args, **kwargs)):
+            warnings.warn(message, QuantizationWarning, stacklevel=4)
 
 
 class _Recorder:

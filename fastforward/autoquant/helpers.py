@@ -153,6 +153,10 @@ class Graph:
             self._units[key] = self._build(function, owner)
         return self._units[key]
 
+    def units(self) -> list[TextUnit]:
+        """Every unit found so far."""
+        return list(self._units.values())
+
     def fresh(self, unit: TextUnit) -> TextUnit:
         """The same unit with an AST of its own, for rendering to change."""
         return self._build(unit.function, unit.owner)

@@ -160,7 +160,6 @@ def test_stubs_carry_role_tags() -> None:
         "quantizer_mul": (("activation/output",), "mul"),
         "quantizer_self_bias": (("parameter/bias",), None),
         "quantizer_self_weight": (("parameter/weight",), None),
-        "quantizer_self___secret": (("parameter",), None),
         "quantizer_x": (("activation/input",), None),
     }
     found = ff.find_quantizers(model, "**/[quantizer:parameter/weight]")
@@ -186,6 +185,30 @@ def test_evidence_uses_no_randomness() -> None:
     state = torch.get_rng_state()
     ff.autoquantize(model, example_inputs=torch.ones(1, 2))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def misnamed(x, factor: int, size: "tuple[int, int]") -> float:
+    return x * factor
+
+
+class Misnamed(nn.Module):
+    def forward(self, x, mode: str = "a"):
+        return misnamed(x, x.mean(), x.shape)
+
+
+def test_wrong_annotations_are_reported_with_their_line() -> None:
+    line = misnamed.__code__.co_firstlineno
+    with pytest.warns(QuantizationWarning) as caught:
+        ff.autoquantize(Misnamed(), example_inputs=torch.ones(2, 2))
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2 and all(f"test_autoquantize.py:{line}: " in message for message in messages)
+    assert "parameter 'factor' of misnamed is annotated 'int'" in messages[0]
+    assert "the result of misnamed is annotated 'float'" in messages[1]
+
+
+def test_right_annotations_are_not_reported(recwarn: pytest.WarningsRecorder) -> None:
+    ff.autoquantize(Mixed(), example_inputs=(torch.ones(2), [1, 2]))
+    assert not [warning for warning in recwarn if warning.category is QuantizationWarning]
 
 
 # ------------------------------------------------------------------ refusals
