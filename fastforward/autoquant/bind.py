@@ -1,16 +1,17 @@
-"""Options bound to classes and functions: what the decorator and the import hook do.
+"""Options bound to classes and functions: what the decorator does, and what is made of it when a model is quantized.
 
-Both read and verify the source while it is certainly the code that runs, and remember the options; nothing is rewritten
-yet, because the module may still be half imported.
+The decorator reads and verifies the source while it is certainly the code that runs. The import hook leaves that for
+later, because it would multiply the time that an import takes. Nothing is rewritten yet, since the module may still be
+half imported.
 """
 
 import types
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 
+from fastforward.autoquant.bound import Options, bind, bound_options
 from fastforward.autoquant.optable import OperatorTable
 from fastforward.autoquant.recompile import Engine
 from fastforward.autoquant.source import locate
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from fastforward.autoquant.patterns import PatternRule
 
 _T = TypeVar("_T")
-_bound: "weakref.WeakKeyDictionary[Any, Engine]" = weakref.WeakKeyDictionary()
 _engines: dict[tuple[Any, ...], Engine] = {}
 
 
@@ -39,7 +39,8 @@ def engine_for(
 
 def bound_engine(obj: Any) -> Engine | None:
     """The engine that the decorator or the hook bound to ``obj``, if any."""
-    return _bound.get(obj)
+    options = bound_options(obj)
+    return None if options is None else engine_for(options.operator_table, options.replacement_patterns, options.skip)
 
 
 def prepare(
@@ -68,8 +69,7 @@ def prepare(
     function = _source_of(obj)
     if function is not None:
         locate(function)
-    _bound[obj] = engine_for(operator_table, replacement_patterns, skip)
-    return obj
+    return bind(obj, Options(operator_table, replacement_patterns, skip))
 
 
 def _source_of(obj: Any) -> types.FunctionType | None:

@@ -2,8 +2,8 @@
 
 The modules themselves run unchanged, from their ordinary bytecode; nothing rewritten is ever cached on disk. After a
 module has been executed, each ``nn.Module`` class and function that it defines is handed to
-:func:`fastforward.autoquant.prepare`, which reads its source and binds the hook's options to it. That is what the
-decorator ``@quantizable`` does too, so both give the same companion.
+:func:`fastforward.autoquant.bound.bind`, which binds the hook's options to it. That is what the decorator
+``@quantizable`` does too, so both give the same companion.
 """
 
 import sys
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from typing import Any
 
-from fastforward.exceptions import AutoquantError, QuantizationWarning
+from fastforward.autoquant.bound import Options, bind, bound_options
+from fastforward.exceptions import QuantizationWarning
 
 # True in a thread whose finder is asking the others: what they import meanwhile is not ours to answer.
 _asking = threading.local()
@@ -23,21 +24,23 @@ _asking = threading.local()
 
 @dataclass
 class HookOptions:
-    """What one ``quantize_imports`` covers and which options it binds."""
+    """What one ``quantize_imports`` covers, which options it binds, and the modules it has seen."""
 
     packages: tuple[str, ...]
     exclude: tuple[str, ...] = ()
-    operator_table: Any = None
-    replacement_patterns: Sequence[Any] = ()
+    bound: Options = Options()
     prepared: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._below = tuple(f"{name}." for name in self.packages)
+        self._below_excluded = tuple(f"{name}." for name in self.exclude)
 
     def covers(self, name: str) -> bool:
         """Whether the module or ``module.Class`` called ``name`` is in the packages and not excluded."""
-        return _within(name, self.packages) and not _within(name, self.exclude)
-
-
-def _within(name: str, roots: Iterable[str]) -> bool:
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
+        # Asked of every module of the process when the hook is entered and left, hence the prepared prefixes.
+        if name not in self.packages and not name.startswith(self._below):
+            return False
+        return name not in self.exclude and not name.startswith(self._below_excluded)
 
 
 class QuantizingFinder:
@@ -116,23 +119,15 @@ def _wrap(loader: Any, options: HookOptions) -> Any:
 def prepare_module(module: types.ModuleType, options: HookOptions) -> None:
     """Prepare every module class and function that ``module`` itself defines.
 
-    A module that does not lead to torch being imported is left alone, and so is torch. What has no usable source stays
-    float; a :class:`~fastforward.QuantizationWarning` says which and why.
+    A module that does not lead to torch being imported holds nothing to prepare, and torch stays unimported.
     """
     options.prepared.add(module.__name__)
     if "torch" not in sys.modules:
         return
-    from fastforward.autoquant.bind import bound_engine, prepare
-
     for name, value in _definitions(module):
         # A decorator in the source is nearer than the hook: its options stay.
-        if not options.covers(f"{module.__name__}.{name}") or bound_engine(value) is not None:
-            continue
-        try:
-            prepare(value, operator_table=options.operator_table, replacement_patterns=options.replacement_patterns)
-        except AutoquantError as error:
-            msg = f"{module.__name__}.{name} stays float: {error}"
-            warnings.warn(msg, QuantizationWarning, stacklevel=2)
+        if options.covers(f"{module.__name__}.{name}") and bound_options(value) is None:
+            bind(value, options.bound)
 
 
 def _definitions(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
@@ -185,7 +180,7 @@ class quantize_imports:  # noqa: N801  (used as a function)
     ) -> None:
         excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         _check_names(packages, excluded)
-        self._options = HookOptions(packages, excluded, operator_table, tuple(replacement_patterns))
+        self._options = HookOptions(packages, excluded, Options(operator_table, tuple(replacement_patterns)))
         self._entered: list[tuple[QuantizingFinder, set[str]]] = []
 
     def __enter__(self) -> "quantize_imports":
