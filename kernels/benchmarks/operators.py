@@ -3,7 +3,8 @@
     python kernels/benchmarks/operators.py [--device cpu] [--only fake_quantize] [--quick]
 
 Everything a row compares is measured interleaved in one run; the numbers are medians. The ceilings are measured too:
-a memory copy into a reused buffer, and float32 and int8 matrix products. Peers (torchao, quanto) join if they are installed.
+a memory copy into a reused buffer, and float32 and int8 matrix products. torchao joins
+if it is installed.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def elementwise_rows(device: torch.device, size: int) -> list[Row]:
         Row("fake_quantize_out per tensor", lambda: into(x, scale, zero, low, high, out=out), copied, others={
             **copy, "torch": lambda: per_tensor(x, scale, zero, low, high), **peers(x),
         }),
-        Row("fake_quantize_out per channel", lambda: into(x, scales, zeros, low, high, axis=0, out=out), copied, others={
+        Row("fake_quantize_out per row", lambda: into(x, scales, zeros, low, high, axis=0, out=out), copied, others={
             **copy, "torch": lambda: per_channel(x, scales, zeros, 0, low, high),
         }),
         Row("fake_quantize_out per column", lambda: into(x, scales, zeros, low, high, axis=1, out=out), copied, others={
@@ -80,7 +81,7 @@ def elementwise_rows(device: torch.device, size: int) -> list[Row]:
             x, group, group_zeros, low, high, group_size=32, out=out), copied, others=dict(copy)),
         Row("fake_quantize forward + backward", lambda: backward(ffk.fake_quantize, scale, zero, low, high), 3 * copied,
             others={"torch": lambda: backward(per_tensor, scale, zero, low, high)}),
-        Row("fake_quantize per channel fwd + bwd", lambda: backward(ffk.fake_quantize, scales, zeros, low, high, axis=0),
+        Row("fake_quantize per row fwd + bwd", lambda: backward(ffk.fake_quantize, scales, zeros, low, high, axis=0),
             3 * copied, others={"torch": lambda: backward(per_channel, scales, zeros, 0, low, high)}),
         Row("fake_quantize_float8", lambda: ffk.fake_quantize_float8(x, scale, torch.float8_e4m3fn), copied),
         Row("quantize", lambda: ffk.quantize(x, scale, zero, low, high, torch.int8), x.numel() * 5),

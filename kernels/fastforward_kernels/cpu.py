@@ -16,6 +16,7 @@ from fastforward_kernels import memory, reference, tiling
 
 CHUNK = 1 << 17  # float32 elements; 512 KiB stays in a second-level cache
 SCRATCH = threading.local()
+SINGLE = 2 * CHUNK  # up to here a plain tensor is not cut
 Parameter = Tensor | float
 
 
@@ -25,7 +26,7 @@ def scratch(slot: int, like: Tensor) -> Tensor:
     size = like.numel()
     buffer = buffers.get(slot)
     if buffer is None or buffer.numel() < size:
-        buffer = buffers[slot] = torch.empty(max(size, CHUNK), dtype=torch.float32)
+        buffer = buffers[slot] = torch.empty(max(size, SINGLE), dtype=torch.float32)
     return buffer[:size].view(like.shape)
 
 
@@ -79,12 +80,12 @@ def _storage_order(x: Tensor) -> tuple[int, ...] | None:
 
 def _chunks(tensors: list[Tensor], parameters: list[Parameter]) -> Iterator[list[Any]]:
     first = tensors[0]
-    if first.numel() <= CHUNK:
+    if first.numel() <= SINGLE:
         yield [*tensors, *parameters]
         return
     length = first.shape[0]
     row = first.numel() // length
-    if row > CHUNK and first.dim() > 1:
+    if row > SINGLE and first.dim() > 1:
         for index in range(length):
             rows = [tensor[index] for tensor in tensors]
             yield from _chunks(rows, [_row(parameter, index) for parameter in parameters])
@@ -131,7 +132,7 @@ def fake_quantize_out(
         return
     sweep = Sweep(tuple(x.shape), tile, like=out)
     s, low, high = _grid(sweep, scale, zero_point, qmin, qmax)
-    if not tile and x.numel() <= CHUNK and sweep.order is None:
+    if _is_single(sweep, x):
         _round_to_grid(x, out, s.reciprocal(), low, high, s)
         return
     target = sweep.view(out)
@@ -190,16 +191,37 @@ def fake_quantize_backward(
     sweep = Sweep(tuple(x.shape), tile, like=out)
     s, low, high = _grid(sweep, scale, zero_point, qmin, qmax)
     bounds = _open_interval(low, high)
+    if _is_single(sweep, x) and grad.is_contiguous():
+        _pass_inside(x, grad, out, s.reciprocal(), low, high, bounds=bounds)
+        return out
     views = [sweep.view(tensor) for tensor in (x, grad, out)]
-    direct = x.dtype == grad.dtype == torch.float32
-    for piece, g, result, inv, lo, hi in sweep.chunks(views, [s.reciprocal(), low, high]):
-        v = scratch(0, piece)
-        torch.mul(piece if direct else v.copy_(piece), inv, out=v)
-        buffer = result if direct else scratch(1, g)
-        _gate(g if direct else buffer.copy_(g), v if bounds else _excess(v, lo, hi), bounds, out=buffer)
-        if not direct:
-            result.copy_(buffer)
+    for piece in sweep.chunks(views, [s.reciprocal(), low, high]):
+        _pass_inside(*piece, bounds=bounds)
     return out
+
+
+def _is_single(sweep: Sweep, x: Tensor) -> bool:
+    """Return whether a tensor is small and plain enough to skip cutting it."""
+    return not sweep.tile and sweep.order is None and x.numel() <= SINGLE and x.is_contiguous()
+
+
+def _pass_inside(
+    x: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    inverse: Tensor,
+    low: Parameter,
+    high: Parameter,
+    *,
+    bounds: tuple[float, float] | None,
+) -> None:
+    v = scratch(0, x)
+    direct = x.dtype == grad.dtype == torch.float32
+    torch.mul(x if x.dtype == torch.float32 else v.copy_(x), inverse, out=v)
+    buffer = out if direct else scratch(1, grad)
+    _gate(grad if direct else buffer.copy_(grad), v if bounds else _excess(v, low, high), bounds, out=buffer)
+    if not direct:
+        out.copy_(buffer)
 
 
 def _gate(grad: Tensor, v: Tensor, bounds: tuple[float, float] | None, *, out: Tensor) -> None:
@@ -302,7 +324,7 @@ def quantize_finite(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype, tile: Sequence[int]
 ) -> Tensor:
     """Quantize without looking for NaN."""
-    out = memory.prefer_huge_pages(torch.empty(x.shape, dtype=dtype))
+    out = memory.mapped(torch.empty(x.shape, dtype=dtype))
     if not x.numel():
         return out
     sweep = Sweep(tuple(x.shape), tile)
@@ -318,7 +340,7 @@ def dequantize(
     q: Tensor, scale: Tensor, zero_point: Tensor | None, tile: Sequence[int], out_dtype: torch.dtype
 ) -> Tensor:
     """See :func:`reference.dequantize`."""
-    out = memory.prefer_huge_pages(torch.empty(q.shape, dtype=out_dtype))
+    out = memory.mapped(torch.empty(q.shape, dtype=out_dtype))
     if not q.numel():
         return out
     sweep = Sweep(tuple(q.shape), tile)
