@@ -24,7 +24,7 @@ from fastforward.quantization.affine import Grid
 from fastforward.quantization.granularity import Granularity, PerTensor
 
 Judge = Callable[[Sequence[Callable[[Tensor], Tensor]]], int]
-MARGIN = 0.95
+MARGIN = 0.8
 """A later candidate replaces an earlier one only if it lowers the error below this share: ranges that clip look better
 on the data they were made from than on any other."""
 _JUDGED_ROWS = 128
@@ -118,7 +118,6 @@ class Candidates(Observer):
         for share in (99.99, 99.9):
             percentile = Percentile(share).bind(self.granularity, self.grid, self.site)
             percentile.load_state_dict(self.histogram.state_dict())
-            percentile.parameter_shape = self.histogram.parameter_shape
             yield f"percentile {share}", percentile.compute_range()
         yield "mse", self.histogram.compute_range()
 

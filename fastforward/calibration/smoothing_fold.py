@@ -1,9 +1,10 @@
 """Folding a smoothing into the layer that makes the value, so that nothing is left to multiply at run time.
 
-It is allowed where the recorded flow says that a norm or linear layer makes the value, and that the smoothed layers alone use it.
+It is allowed where the recorded flow says that a norm or linear layer makes the value, and that the smoothed layers
+alone use it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fastforward.calibration.flow import Flow, Site
 from fastforward.calibration.undo import Undo
 from fastforward.nn.linear import QuantizedLinear
 
-_PRODUCERS = {
+_PRODUCERS: Mapping[str, tuple[type[torch.nn.Module], ...]] = {
     "layer_norm": (torch.nn.LayerNorm,),
     "rms_norm": (torch.nn.RMSNorm,),
     "linear": (torch.nn.Linear,),

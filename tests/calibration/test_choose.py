@@ -68,6 +68,7 @@ def test_candidates_merge_as_if_one_had_seen_all() -> None:
     a, b = torch.tensor([0.0, 1.0]), torch.tensor([-3.0, 0.5])
     first(a), second(b), both(a), both(b)
     merged = first.merge(second)
+    merged.succeed(first)
     for (name, mine), (_, expected) in zip(merged.ranges(), both.ranges(), strict=True):
         assert torch.equal(torch.stack(mine), torch.stack(expected)), name
     low, high = merged.compute_range()
