@@ -60,7 +60,7 @@ _NAMES = {
     "replace_modules": "fastforward.selection",
     "register_quantize_module_handler": "fastforward.selection",
     # integers
-    "convert": "fastforward.integer",
+    "convert": "fastforward.integer.convert",
     "export": "fastforward.integer",
     # state
     "save_quantization": "fastforward.state",
