@@ -72,7 +72,7 @@ class _Rewriter(ast.NodeTransformer):
             return node
         node.body = [statement for old in node.body for statement in self.statements(old)]
         at = _docstring_length(node.body)
-        node.body[at:at] = self.rebinding(node.args, node.body[min(at, len(node.body) - 1)])
+        node.body[at:at] = self.rebinding(node.args, _first_executed(node.body[at:] or node.body))
         return node
 
     def statements(self, node: ast.stmt) -> list[ast.stmt]:
