@@ -28,7 +28,7 @@ import torch.distributed
 
 from fastforward import state_file
 from fastforward.exceptions import FastForwardError, QuantizationWarning, StateError
-from fastforward.nn.quantizer import Quantizer, QuantizerStub
+from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.quantizers import all_quantizers
 from fastforward.state_capture import capture, quantized_modules, unwrap
 from fastforward.state_manifest import Manifest, from_json
@@ -107,7 +107,7 @@ def load_quantization(
     target = unwrap(model)
     made_stubs = _make_stubs(target, manifest)
     try:
-        plan = Restorer(target, manifest, contents.tensors, classes or {}).plan()
+        plan = Restorer(target, manifest, contents.tensors, classes or {}, exclusive=not partial).plan()
         if plan.problems and not partial:
             raise StateError(_misfit(file, manifest, plan.problems))
     except BaseException:
@@ -158,16 +158,12 @@ def _captured(model: torch.nn.Module) -> tuple[Manifest, dict[str, torch.Tensor]
 
 
 def _take_over(model: torch.nn.Module, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
-    active = [
-        (site, q) for site in all_quantizers(model) if isinstance(q := site.module, Quantizer) and not q.is_stub()
-    ]
-    classes = {type(quantizer).__name__: type(quantizer) for _, quantizer in active}
+    quantizers = (module for module in all_quantizers(model).modules() if isinstance(module, Quantizer))
+    classes = {type(quantizer).__name__: type(quantizer) for quantizer in quantizers}
     plan = Restorer(model, manifest, tensors, classes).plan()
     if plan.problems:
         msg = f"this process has another model: {plan.problems[0]}"
         raise StateError(msg)
-    for site, quantizer in active:
-        setattr(site.parent, site.parent_attribute, QuantizerStub(metadata=quantizer.quant_metadata))
     for change in plan.changes:
         change()
 

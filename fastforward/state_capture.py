@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fastforward
+from fastforward.autoquant.optable import default_table
 from fastforward.exceptions import QuantizationWarning, StateError
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
@@ -106,15 +107,33 @@ def float_class(module: torch.nn.Module) -> type:
     return getattr(type(module), "float_class", None) or type(module)
 
 
-def source_hash(cls: type) -> str | None:
-    """A hash of what the source of a class says, layout and comments aside; None where there is no source."""
+def source_hash(module: torch.nn.Module) -> str | None:
+    """A hash of what decides which sites a module has; None where there is nothing to read.
+
+    That is the source of its float class, layout and comments aside, and the options it was rewritten with.
+    """
+    options = _options_hash(getattr(type(module), "_ff_engine", None))
+    cls = float_class(module)
     if cls.__module__.partition(".")[0] == "torch":
-        return None  # torch's layers keep their sites from release to release, their source not
+        return options  # torch's layers keep their sites from release to release, their source not
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
+        return options
+    return _hash(ast.dump(tree)) + (f"+{options}" if options else "")
+
+
+def _options_hash(engine: Any) -> str | None:
+    if engine is None or engine.options() is None:
         return None
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    standard = {(row.spec, row.fallback) for row in default_table()}
+    rows = [(row.spec, row.fallback) for row in engine.table if (row.spec, row.fallback) not in standard]
+    patterns = [(ast.dump(rule.pattern), ast.dump(rule.replacement), rule.on) for rule in engine.patterns]
+    return _hash(repr((len(list(engine.table)), rows, patterns, sorted(engine.skip))))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def state_arguments(quantizer: Quantizer) -> dict[str, Any]:
@@ -156,7 +175,7 @@ def _arguments_by_signature(quantizer: Quantizer) -> dict[str, Any]:
 def _module(module: QuantizedModule) -> SavedModule:
     pending = module.__dict__.get(PENDING, {})
     sites = tuple(dict.fromkeys([*module.own_quantizers(), *pending]))
-    return SavedModule(qualified_name(module), source_hash(float_class(module)), sites)
+    return SavedModule(qualified_name(module), source_hash(module), sites)
 
 
 def _quantizers(model: torch.nn.Module, store: TensorStore) -> list[SavedQuantizer]:
@@ -186,7 +205,8 @@ def _quantizer(quantizer: Quantizer, sites: tuple[str, ...], store: TensorStore)
     learned = tuple(name for name, _ in quantizer.named_parameters())
     reason = getattr(quantizer, REASON, None)
     arguments = state_arguments(quantizer)
-    return SavedQuantizer(sites, type(quantizer).__name__, arguments, keys, learned, reason)
+    gradient_scale = getattr(quantizer, "gradient_scale", None)
+    return SavedQuantizer(sites, type(quantizer).__name__, arguments, keys, learned, gradient_scale, reason)
 
 
 def _integers(model: torch.nn.Module, store: TensorStore) -> list[SavedInteger]:

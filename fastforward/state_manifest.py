@@ -5,7 +5,7 @@
     {"version": 1, "written_by": {"fastforward": ..., "torch": ...}, "model": "Net", "weights": true,
      "modules":    {path: {"class": ..., "source": hash of the class's source or null, "sites": [...]}},
      "quantizers": [{"sites": [...], "class": ..., "arguments": {...}, "tensors": {name: key}, "learned": [...],
-                     "reason": ...}],
+                     "gradient_scale": ..., "reason": ...}],
      "integers":   [{"path": ..., "class": ..., "data": {...}, "tensors": {name: key}}],
      "parameters": {name: key, or {"parts": {name: key}, "block_size": [...], ...}}}
 
@@ -50,6 +50,7 @@ class SavedQuantizer:
         arguments: Arguments of the class, as `fastforward.selection.rules_yaml` encodes them.
         tensors: Keys of its tensors, by name.
         learned: Which of them are parameters.
+        gradient_scale: What their gradients are multiplied by, beside LSQ's own factor; None for no factor at all.
         reason: Why it stands there.
     """
 
@@ -58,6 +59,7 @@ class SavedQuantizer:
     arguments: Mapping[str, Any]
     tensors: Mapping[str, str]
     learned: tuple[str, ...] = ()
+    gradient_scale: float | None = None
     reason: str | None = None
 
 
@@ -153,15 +155,15 @@ class _Reader:
     def quantizer(self, record: Any) -> SavedQuantizer:
         sites = _names(record, "sites", "a quantizer")
         where = f"quantizer {', '.join(sites)}"
-        reason = record.get("reason")
-        if not sites or (reason is not None and not isinstance(reason, str)):
-            _malformed(where, "sites or reason")
+        reason, factor = record.get("reason"), record.get("gradient_scale")
+        if not sites or not isinstance(reason, str | None) or not isinstance(factor, float | None):
+            _malformed(where, "sites, reason or gradient_scale")
         tensors = self.tensors(record, "tensors", where)
         learned = _names(record, "learned", where)
         if not set(learned) <= tensors.keys():
             _malformed(where, "learned")
         cls, arguments = _typed(record, "class", str, where), _typed(record, "arguments", dict, where)
-        return SavedQuantizer(sites, cls, arguments, tensors, learned, reason)
+        return SavedQuantizer(sites, cls, arguments, tensors, learned, factor, reason)
 
     def integer(self, record: Any) -> SavedInteger:
         path = _typed(record, "path", str, "an integer module")

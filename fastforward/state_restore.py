@@ -15,7 +15,7 @@ import torch
 
 from fastforward.exceptions import FastForwardError, StateError
 from fastforward.nn.module import QuantizedModule
-from fastforward.nn.quantizer import Quantizer
+from fastforward.nn.quantizer import Quantizer, QuantizerStub
 from fastforward.quantization.tensor import QuantizedTensor
 from fastforward.selection.mpath import FilterResult
 from fastforward.selection.quantizers import all_quantizers
@@ -42,12 +42,21 @@ class Plan:
 
 @dataclass
 class Restorer:
-    """One loading: the state, the model, and the quantizer classes that the state may name beside our own."""
+    """One loading.
+
+    Attributes:
+        model: A model with the stubs that the state needs.
+        manifest: The state.
+        tensors: Its tensors by key.
+        classes: Quantizer classes that the state may name beside our own.
+        exclusive: Quantizers that are not in the state go back to stubs.
+    """
 
     model: torch.nn.Module
     manifest: Manifest
     tensors: Mapping[str, torch.Tensor]
     classes: Mapping[str, type[Quantizer]]
+    exclusive: bool = True
 
     @functools.cached_property
     def _modules(self) -> dict[str, torch.nn.Module]:
@@ -67,6 +76,8 @@ class Restorer:
         self._check_modules(plan)
         for quantizer in self.manifest.quantizers:
             self._plan_quantizer(quantizer, plan)
+        if self.exclusive:
+            plan.changes.extend(self._stubbing())
         for integer in self.manifest.integers:
             self._plan_integer(integer, plan)
         self._plan_parameters(plan)
@@ -87,15 +98,15 @@ class Restorer:
     def _check_sites(
         self, where: str, module: QuantizedModule, saved: tuple[str, ...], source: str | None, plan: Plan
     ) -> None:
-        current = source_hash(float_class(module))
+        current = source_hash(module)
         here = module.own_quantizers()
         gone = [name for name in saved if name not in here]
         if current == source or not gone:
             return
         new = [name for name in here if name not in saved]
         plan.problems.append(
-            f"the source of {float_class(module).__qualname__} ({where}) has changed since saving: sites gone: "
-            f"{', '.join(gone)}; new: {', '.join(new) or 'none'}"
+            f"the source of {float_class(module).__qualname__} ({where}), or what it was rewritten with, has changed "
+            f"since saving: sites gone: {', '.join(gone)}; new: {', '.join(new) or 'none'}"
         )
 
     # ------------------------------------------------------------------ quantizers
@@ -111,11 +122,17 @@ class Restorer:
             else:
                 plan.problems.append(f"there is no site {name}")
 
+    def _stubbing(self) -> Iterator[Change]:
+        wanted = {name for quantizer in self.manifest.quantizers for name in quantizer.sites}
+        for name, site in self._sites.items():
+            if name not in wanted and isinstance(site.module, Quantizer) and not site.module.is_stub():
+                yield _putting(site, QuantizerStub())
+
     def _found_at_run_time(self, path: str, attribute: str, owner: QuantizedModule) -> bool:
         """Whether the site is one that this very source shows only when it runs."""
         saved = self.manifest.modules.get(path)
         known = saved is not None and attribute in saved.sites and hasattr(owner, "_ff_add_stub")
-        return known and saved is not None and saved.source == source_hash(float_class(owner))
+        return known and saved is not None and saved.source == source_hash(owner)
 
     def _make_quantizer(self, saved: SavedQuantizer) -> Quantizer:
         where = f"the state's quantizer {saved.sites[0]}"
@@ -136,6 +153,8 @@ class Restorer:
             quantizer._buffers.pop(name, None)
             quantizer._parameters[name] = torch.nn.Parameter(tensors[name])
         quantizer.load_state_dict(tensors)
+        if saved.gradient_scale is not None:
+            quantizer.__dict__["gradient_scale"] = saved.gradient_scale
         for name, tensor in quantizer.state_dict().items():
             if tensor.dtype != tensors[name].dtype:
                 msg = f"{name} is {tensors[name].dtype} in the state, {tensor.dtype} in a {saved.cls}"

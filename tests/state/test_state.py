@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastforward as ff
+from fastforward.autoquant import OperatorTable, optable
 from fastforward.exceptions import QuantizationWarning, StateError
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
@@ -184,6 +185,11 @@ def test_loading_over_other_quantizers_replaces_them(saved):
     other = quantized("w4a4")
     ff.load_quantization(other, path)
     assert torch.equal(other(TOKENS), net(TOKENS))
+    weights_only = quantized("w8")
+    ff.load_quantization(other, ff.save_quantization(weights_only, path))
+    assert torch.equal(other(TOKENS), weights_only(TOKENS))
+    assert other.head.input_quantizer.is_stub()
+    assert other.head.input_quantizer.quant_metadata.operator == "linear"
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(saved):
@@ -223,13 +229,12 @@ def test_scales_stay_float32_in_a_half_precision_model(tmp_path):
 
 def test_learned_scales_come_back_as_parameters(tmp_path):
     net = quantized()
-    if not hasattr(net.head.weight_quantizer, "learn_range"):
-        pytest.skip("no learned ranges")
     net.head.weight_quantizer.learn_range()
     names = {name for name, _ in net.named_parameters() if "quantizer" in name}
     assert names
     loaded = ff.load_quantization(Net(), ff.save_quantization(net, tmp_path))
     assert {name for name, _ in loaded.named_parameters() if "quantizer" in name} == names
+    assert loaded.head.weight_quantizer.gradient_scale == net.head.weight_quantizer.gradient_scale is not None
     assert torch.equal(loaded(TOKENS), net(TOKENS))
 
 
@@ -433,8 +438,31 @@ def test_a_changed_class_says_which_sites_moved(tmp_path, monkeypatch, edit, loa
         loaded = ff.load_quantization(models[1], path)
         assert torch.equal(loaded.quantizer_self_weight.scale, net.quantizer_self_weight.scale)
     else:
-        with pytest.raises(StateError, match=r"source of Changing .* has changed since saving: sites gone: quantizer_"):
+        with pytest.raises(StateError, match=r"source of Changing .*has changed since saving: sites gone: quantizer_"):
             ff.load_quantization(models[1], path)
+
+
+def halve(x):
+    return x / 2
+
+
+class Halving(nn.Module):
+    def forward(self, x):
+        return halve(x + 1)
+
+
+def test_a_class_rewritten_with_other_options_is_told_apart(tmp_path):
+    table = OperatorTable.from_yaml(alias_extensions=optable.STR_ALIASES_EXTENSIONS)
+    table.add("halve(input: Quantized) -> Quantized", halve)
+    net = ff.quantize_model(Halving(), operator_table=table)
+    name = min(set(net.own_quantizers()) - set(ff.quantize_model(Halving()).own_quantizers()))
+    ff.find_quantizers(net, name).initialize(ff.nn.DynamicLinearQuantizer, num_bits=4)
+    path = ff.save_quantization(net, tmp_path)
+    with pytest.raises(
+        StateError, match=rf"what it was rewritten with, has changed since saving: sites gone: .*{name}"
+    ):
+        ff.load_quantization(Halving(), path)
+    ff.load_quantization(ff.quantize_model(Halving(), operator_table=table), path)
 
 
 def apply_twice(function, x):
