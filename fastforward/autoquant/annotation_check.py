@@ -82,6 +82,6 @@ def _message(unit: TextUnit, name: str, annotation: ast.expr) -> str:
     subject = "the result" if name == "return" else f"parameter {name!r}"
     where = f"{code.co_filename}:{annotation.lineno}"
     return (
-        f"{where}: {subject} of {unit.function.__qualname__} is annotated {ast.unparse(annotation)!r} but is a floating "
-        "tensor: no quantizer is placed for it. Correct the annotation"
+        f"{where}: {subject} of {unit.function.__qualname__} is annotated {ast.unparse(annotation)!r} but is a "
+        "floating tensor: no quantizer is placed for it. Correct the annotation"
     )

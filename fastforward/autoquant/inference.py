@@ -8,19 +8,16 @@ a tensor: a needless quantizer costs a call, a missing one a float operator.
 import ast
 import builtins
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from fastforward.autoquant import kinds
 from fastforward.autoquant import known_names as known
+from fastforward.autoquant.definitions import Definitions, FunctionNode
 from fastforward.autoquant.kinds import Kind, join
 from fastforward.autoquant.narrowing import narrowed_names
 
-FunctionNode: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 Resolver: TypeAlias = Callable[[ast.expr], Any]
-
-# One definition of a name: how it takes its kind from an expression.
-_Definition: TypeAlias = "tuple[str, Any]"
 
 
 class Inference:
@@ -43,12 +40,15 @@ class Inference:
             name: promised if isinstance(promised, Kind) else kinds.of_type(promised)
             for name, promised in (self_types or {}).items()
         }
-        self._definitions: dict[str, list[_Definition]] = {}
-        self._narrowed: dict[int, Kind] = {}
         self._known: dict[int, tuple[ast.expr, Kind]] = {}
         self._names: dict[str, Kind] = {}
-        self._self = _self_name(node)
-        self._collect_function(node)
+        definitions = Definitions(node)
+        self._definitions, self._self = definitions.names, definitions.self_name
+        self._narrowed = {
+            key: kind
+            for function in definitions.functions
+            for key, kind in narrowed_names(function, self._object).items()
+        }
         self._solve()
 
     def may_be_tensor(self, expression: ast.expr) -> bool:
@@ -74,118 +74,6 @@ class Inference:
         values = (what for how, what in self._definitions[name] if how == "value")
         announced = any(isinstance(value, ast.Constant) and value.value is None for value in values)
         return Kind.MAYBE if announced else self._names[name]
-
-    # ---------------------------------------------------------------- definitions
-    def _collect_function(self, node: FunctionNode) -> None:
-        arguments = node.args
-        for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
-            self._define(argument.arg, "annotation", argument.annotation)
-        for collector in filter(None, (arguments.vararg, arguments.kwarg)):
-            self._define(collector.arg, "kind", Kind.OBJECT)
-        self._narrowed.update(narrowed_names(node, self._object))
-        for child in node.body if isinstance(node.body, list) else [node.body]:
-            self._collect(child)
-
-    def _collect(self, node: ast.AST) -> None:
-        stack = [node]
-        while stack:
-            current = stack.pop()
-            collector = _COLLECTORS.get(type(current))
-            if collector is not None and collector(self, current):
-                continue
-            for name in current._fields:
-                value = getattr(current, name, None)
-                if isinstance(value, ast.AST):
-                    stack.append(value)
-                elif isinstance(value, list):
-                    stack.extend(item for item in value if isinstance(item, ast.AST))
-
-    def _define(self, name: str, how: str, what: Any) -> None:
-        self._definitions.setdefault(name, []).append((how, what))
-
-    def _bind(self, target: ast.AST, how: str, value: Any) -> None:
-        if isinstance(target, ast.Name):
-            self._define(target.id, how, value)
-        elif isinstance(target, ast.Starred):
-            self._bind(target.value, "kind", Kind.OBJECT)
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            self._bind_parts(target.elts, how, value)
-        elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == self._self:
-            self._define(f"{self._self}.{target.attr}", how, value)
-
-    def _bind_parts(self, targets: list[ast.expr], how: str, value: Any) -> None:
-        if how == "value" and _matches(targets, value):
-            for target, part in zip(targets, value.elts, strict=True):
-                self._bind(target, "value", part)
-            return
-        parts = self._iterated_parts(value, len(targets)) if how == "element" else None
-        for index, target in enumerate(targets):
-            if parts is not None:
-                self._bind(target, *parts[index])
-            else:
-                self._bind(target, "element of " + how, value)
-
-    def _iterated_parts(self, iterable: ast.expr, count: int) -> list[tuple[str, Any]] | None:
-        """What ``enumerate`` and ``zip`` yield, part by part."""
-        if not isinstance(iterable, ast.Call) or not isinstance(iterable.func, ast.Name):
-            return None
-        if iterable.func.id == "enumerate" and count == 2 and iterable.args:
-            return [("kind", Kind.INT), ("element", iterable.args[0])]
-        if iterable.func.id == "zip" and count == len(iterable.args):
-            return [("element", argument) for argument in iterable.args]
-        return None
-
-    def _collect_assign(self, node: ast.Assign) -> bool:
-        for target in node.targets:
-            self._bind(target, "value", node.value)
-        return False
-
-    def _collect_annotated(self, node: ast.AnnAssign) -> bool:
-        self._bind(node.target, "annotated", node)
-        return False
-
-    def _collect_augmented(self, node: ast.AugAssign) -> bool:
-        self._bind(node.target, "augmented", node)
-        return False
-
-    def _collect_walrus(self, node: ast.NamedExpr) -> bool:
-        self._bind(node.target, "value", node.value)
-        return False
-
-    def _collect_loop(self, node: ast.For | ast.AsyncFor | ast.comprehension) -> bool:
-        self._bind(node.target, "element", node.iter)
-        return False
-
-    def _collect_with(self, node: ast.withitem) -> bool:
-        if node.optional_vars is not None:
-            self._bind(node.optional_vars, "kind", Kind.MAYBE)
-        return False
-
-    def _collect_named(self, node: Any) -> bool:
-        for name in (getattr(node, "name", None), getattr(node, "rest", None)):
-            if name is not None:
-                self._define(name, "kind", Kind.OBJECT if isinstance(node, ast.ExceptHandler) else Kind.MAYBE)
-        return False
-
-    def _collect_scope_names(self, node: ast.Global | ast.Nonlocal) -> bool:
-        for name in node.names:
-            self._define(name, "kind", Kind.MAYBE)
-        return False
-
-    def _collect_import(self, node: ast.Import | ast.ImportFrom) -> bool:
-        for alias in node.names:
-            self._define((alias.asname or alias.name).partition(".")[0], "kind", Kind.MAYBE)
-        return False
-
-    def _collect_nested(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> bool:
-        if not isinstance(node, ast.Lambda):
-            self._define(node.name, "kind", Kind.OBJECT)
-        self._collect_function(node)
-        return True
-
-    def _collect_class(self, node: ast.ClassDef) -> bool:
-        self._define(node.name, "kind", Kind.OBJECT)
-        return False
 
     # ---------------------------------------------------------------- solving
     def _solve(self) -> None:
@@ -396,64 +284,6 @@ class Inference:
         return getattr(builtins, root.id, None) if found is None and root is node else found
 
 
-def attribute_kinds(node: ast.ClassDef, resolve: Resolver) -> dict[str, Kind]:
-    """What a class says about ``self.<attribute>``, for ``self_types`` of `Inference`.
-
-    Args:
-        node: The class. Its ``__init__`` and its body count; an attribute that another method assigns may be anything.
-        resolve: Expression -> the live object it means, or None.
-    """
-    found: dict[str, Kind] = {}
-    for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            found[statement.target.id] = kinds.of_annotation(statement.annotation, resolve)
-        elif isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
-            for name, kind in Inference(statement, resolve).assigned_attributes().items():
-                found[name] = join([found.get(name, Kind.BOTTOM), kind])
-    for statement in node.body:
-        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)) and statement.name != "__init__":
-            found.update(dict.fromkeys(_stored_attributes(statement), Kind.MAYBE))
-    return found
-
-
-_class_attributes: dict[int, tuple[ast.ClassDef, dict[str, Kind]]] = {}
-
-
-def attributes_around(chain: Sequence[ast.AST], resolve: Resolver) -> dict[str, Kind]:
-    """`attribute_kinds` of the class in whose body a function stands; computed once for each class.
-
-    Args:
-        chain: The definitions that enclose the function, outermost first.
-        resolve: Expression -> the live object it means, or None.
-    """
-    owner = chain[-1] if chain else None
-    if not isinstance(owner, ast.ClassDef):
-        return {}
-    known = _class_attributes.get(id(owner))
-    if known is None:
-        known = _class_attributes[id(owner)] = owner, attribute_kinds(owner, resolve)
-    return known[1]
-
-
-def _stored_attributes(node: FunctionNode) -> set[str]:
-    owner = _self_name(node)
-    attributes = (inner for inner in ast.walk(node) if isinstance(inner, ast.Attribute))
-    stores = (inner for inner in attributes if not isinstance(inner.ctx, ast.Load))
-    return {store.attr for store in stores if isinstance(store.value, ast.Name) and store.value.id == owner}
-
-
-def _self_name(node: FunctionNode) -> str:
-    positional = [*node.args.posonlyargs, *node.args.args]
-    return positional[0].arg if positional and positional[0].arg in ("self", "cls") else ""
-
-
-def _matches(targets: list[ast.expr], value: Any) -> bool:
-    """Whether ``value`` is a display with one element for each target."""
-    if not isinstance(value, (ast.Tuple, ast.List)) or len(value.elts) != len(targets):
-        return False
-    return not any(isinstance(item, ast.Starred) for item in (*targets, *value.elts))
-
-
 def _of_self(attribute: str) -> Kind:
     return Kind.INT if attribute == "training" else Kind.MAYBE
 
@@ -465,28 +295,6 @@ def _is_torch(target: Any) -> bool:
     return isinstance(module, str) and module.partition(".")[0] == "torch"
 
 
-_COLLECTORS: dict[type, Callable[[Inference, Any], bool]] = {
-    ast.Assign: Inference._collect_assign,
-    ast.AnnAssign: Inference._collect_annotated,
-    ast.AugAssign: Inference._collect_augmented,
-    ast.NamedExpr: Inference._collect_walrus,
-    ast.For: Inference._collect_loop,
-    ast.AsyncFor: Inference._collect_loop,
-    ast.comprehension: Inference._collect_loop,
-    ast.withitem: Inference._collect_with,
-    ast.ExceptHandler: Inference._collect_named,
-    ast.MatchAs: Inference._collect_named,
-    ast.MatchStar: Inference._collect_named,
-    ast.MatchMapping: Inference._collect_named,
-    ast.Global: Inference._collect_scope_names,
-    ast.Nonlocal: Inference._collect_scope_names,
-    ast.Import: Inference._collect_import,
-    ast.ImportFrom: Inference._collect_import,
-    ast.FunctionDef: Inference._collect_nested,
-    ast.AsyncFunctionDef: Inference._collect_nested,
-    ast.Lambda: Inference._collect_nested,
-    ast.ClassDef: Inference._collect_class,
-}
 _RULES: dict[type, Callable[[Inference, Any], Kind]] = {
     ast.Constant: Inference._of_constant,
     ast.Name: Inference._of_name,

@@ -24,7 +24,8 @@ import torch
 import torch.utils._pytree
 import torch.utils.checkpoint
 
-from fastforward.autoquant.inference import Inference, attributes_around
+from fastforward.autoquant.class_attributes import attributes_around
+from fastforward.autoquant.inference import Inference
 from fastforward.autoquant.marks import UNKNOWN, Context, Marks, Resolver, mark
 from fastforward.autoquant.optable import Operator, OperatorTable, default_table
 from fastforward.autoquant.patterns import PatternRule, apply_rules

@@ -11,7 +11,8 @@ from typing import Optional
 import pytest
 import torch
 
-from fastforward.autoquant.inference import Inference, attribute_kinds
+from fastforward.autoquant.class_attributes import attribute_kinds
+from fastforward.autoquant.inference import Inference
 from fastforward.autoquant.kinds import Kind
 
 LIMIT = 7
