@@ -4,151 +4,33 @@ The rows that come with FastForward are in ``operators.yaml``. Schemas are parse
 first use: the table is read when the first model is rewritten, and most rows are never looked at.
 """
 
-import ast
-import dataclasses
 import functools
-import importlib
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastforward.autoquant.operator_row import (
+    TOKEN_CLASS,
+    Operator,
+    check_row,
+    default_of,
+    live_callables,
+)
+from fastforward.autoquant.qualified import qualified_name, resolve
 from fastforward.autoquant.rows import read_rows
-from fastforward.autoquant.schema import Parameter, Schema, SchemaType, parse_schema
+
+__all__ = [
+    "BUNDLED_TABLE",
+    "STR_ALIASES_EXTENSIONS",
+    "Operator",
+    "OperatorTable",
+    "default_of",
+    "default_table",
+    "qualified_name",
+    "resolve",
+]
 
 BUNDLED_TABLE = Path(__file__).with_name("operators.yaml")
-KINDS = ("matmul", "compute", "move")
-
-_TOKEN_CLASS: Mapping[str, str] = {
-    "+": "Add", "-": "Sub", "*": "Mult", "/": "Div", "//": "FloorDiv", "%": "Mod", "**": "Pow", "@": "MatMult",
-    "&": "BitAnd", "|": "BitOr", "^": "BitXor", "<<": "LShift", ">>": "RShift",
-    "unary -": "USub", "unary +": "UAdd", "unary ~": "Invert",
-    "==": "Eq", "!=": "NotEq", "<": "Lt", "<=": "LtE", ">": "Gt", ">=": "GtE",
-}  # fmt: skip
-_TOKEN_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
-    "+": ("add", "iadd"), "-": ("sub", "isub"), "*": ("mul", "imul"), "/": ("truediv", "itruediv"),
-    "//": ("floordiv", "ifloordiv"), "%": ("mod", "imod"), "**": ("pow", "ipow"), "@": ("matmul", "imatmul"),
-    "&": ("and_", "iand"), "|": ("or_", "ior"), "^": ("xor", "ixor"), "<<": ("lshift", "ilshift"),
-    ">>": ("rshift", "irshift"), "unary -": ("neg",), "unary +": ("pos",), "unary ~": ("invert", "inv"),
-    "==": ("eq",), "!=": ("ne",), "<": ("lt",), "<=": ("le",), ">": ("gt",), ">=": ("ge",),
-}  # fmt: skip
-_MODULES = (
-    "torch.nn.functional",
-    "torch",
-    "torch.linalg",
-    "torch.special",
-    "torch.fft",
-    "torch.functional",
-    "torch._VF",
-)
-_HOMES = (*_MODULES, "torch.Tensor")
-
-
-@dataclasses.dataclass(frozen=True)
-class Operator:
-    """A row of the table.
-
-    Attributes:
-        spec: The schema, in the mini-language.
-        fallback: Qualified name of the float callable.
-        kind: ``matmul`` (multiply-accumulates), ``compute``, or ``move`` (only moves data: no quantizer).
-        aliases: Other qualified names of the same operator.
-        methods: Its names as a tensor method.
-        operators: Its Python tokens; unary ones are written ``unary -``.
-        multiplied: Operands whose product is accumulated (kind ``matmul``).
-        axes: Output-channel axis of each operand that can be a weight.
-        decompose: Whether the callable is a Python function whose body should be rewritten instead.
-        dispatch_op: What generated code calls; None for ``fastforward.nn.functional.<identifier>``.
-        intermediate_quantizers: Names of further quantizers that ``dispatch_op`` takes by keyword.
-        cast_output: Data type name to which results are cast, if any.
-        specification_file: File the row was read from.
-        line_number: Its line there.
-    """
-
-    spec: str
-    fallback: str
-    kind: str = "compute"
-    aliases: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
-    operators: tuple[str, ...] = ()
-    multiplied: tuple[str, ...] = ()
-    axes: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
-    decompose: bool = False
-    dispatch_op: Callable[..., Any] | str | None = None
-    intermediate_quantizers: tuple[str, ...] = ()
-    cast_output: str | None = None
-    specification_file: str | None = None
-    line_number: int | None = None
-
-    @classmethod
-    def from_spec(
-        cls,
-        spec: str,
-        fallback: "str | Callable[..., Any]",
-        intermediate_quantizers: Iterable[str] = (),
-        **metadata: Any,
-    ) -> "Operator":
-        """Build an operator and check its schema.
-
-        Raises:
-            ValueError: The schema cannot be parsed, or an operand named in the metadata is not in it.
-            TypeError: The metadata has an unknown field.
-        """
-        name = fallback if isinstance(fallback, str) else qualified_name(fallback)
-        operator = cls(spec, name, intermediate_quantizers=tuple(intermediate_quantizers), **metadata)
-        _check(operator)
-        return operator
-
-    @functools.cached_property
-    def schema(self) -> Schema:
-        """The parsed schema."""
-        return parse_schema(self.spec)
-
-    @functools.cached_property
-    def identifier(self) -> str:
-        """The operator's short name, for example ``linear``."""
-        return self.spec.partition("(")[0].strip()
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """Its parameters, in order."""
-        return self.schema.parameters
-
-    @property
-    def return_type(self) -> SchemaType:
-        """What it returns."""
-        return self.schema.return_type
-
-    @functools.cached_property
-    def output_quantized(self) -> bool:
-        """Whether its result gets an output quantizer."""
-        return self.kind != "move" and "Quantized" in self.return_type.atoms
-
-    @functools.cached_property
-    def operands(self) -> tuple[Parameter, ...]:
-        """The parameters that get a quantizer; for a move, those whose quantization the result keeps."""
-        return tuple(p for p in self.parameters if p.quantized or p.maybe_quantized)
-
-    @functools.cached_property
-    def _by_name(self) -> dict[str, Parameter]:
-        return {parameter.name: parameter for parameter in self.parameters}
-
-    def parameter_at(self, index: int) -> Parameter | None:
-        """The parameter that the positional argument at ``index`` fills (a tensor method's own tensor is 0)."""
-        for parameter in self.parameters:
-            if parameter.variadic or (parameter.position == index and not parameter.keyword_only):
-                return parameter
-        return None
-
-    def parameter(self, name: str) -> Parameter | None:
-        """The parameter called ``name``."""
-        return self._by_name.get(name)
-
-    def weight_axis(self, name: str) -> int | None:
-        """Output-channel axis of operand ``name`` when a weight stands there; None if it has none."""
-        return self.axes.get(name)
-
 
 AliasExtension = Callable[[Operator], Iterable[Any]]
 
@@ -238,7 +120,7 @@ class OperatorTable:
         for name in (operator.fallback, *operator.aliases):
             self._names.setdefault(name, []).insert(0, operator)
         self._methods.update(dict.fromkeys(operator.methods, operator))
-        self._tokens.update({_TOKEN_CLASS[token]: operator for token in operator.operators})
+        self._tokens.update({TOKEN_CLASS[token]: operator for token in operator.operators})
         self._unresolved.append((operator, ()))
         self.version += 1
         for alias in (*aliases, *(key for extend in self._extensions for key in extend(operator))):
@@ -325,7 +207,7 @@ class OperatorTable:
     def _resolve_pending(self) -> None:
         pending, self._unresolved = self._unresolved, []
         for operator, names in pending:
-            for function in _callables(operator, names):
+            for function in live_callables(operator, names):
                 self._register_object(function, operator)
 
     def _register_object(self, function: Any, operator: Operator) -> None:
@@ -340,59 +222,6 @@ class OperatorTable:
 def default_table() -> OperatorTable:
     """The table used where the user gives none; shared, so never add to it."""
     return OperatorTable.from_yaml(alias_extensions=STR_ALIASES_EXTENSIONS)
-
-
-def resolve(name: str) -> Any:
-    """The object with a qualified name, or None; imports no module that is not imported already, but torch's.
-
-    Args:
-        name: For example ``torch.nn.functional.linear``.
-    """
-    owner, _, attribute = name.rpartition(".")
-    return getattr(_namespace(owner), attribute, None) if owner else None
-
-
-def qualified_name(function: Callable[..., Any]) -> str:
-    """The public name of a callable.
-
-    C functions of torch report private modules, so torch's public namespaces are searched first.
-    """
-    packet = getattr(function, "_qualified_op_name", None) or getattr(function, "_name", None)
-    if isinstance(packet, str) and "::" in packet:
-        return "torch.ops." + packet.replace("::", ".")
-    name = getattr(function, "__name__", "")
-    for home in _HOMES:
-        prefix = home.rpartition(".")[2] + "_"  # torch.fft.rfft calls itself fft_rfft
-        for public in dict.fromkeys((name, name.removeprefix(prefix))):
-            if public and getattr(_namespace(home), public, None) is function:
-                return f"{home}.{public}"
-    owner = getattr(function, "__objclass__", None)  # a method of a C class has no __module__
-    home = getattr(function, "__module__", None) or (owner.__module__ if owner else "builtins")
-    return f"{home}.{getattr(function, '__qualname__', name)}"
-
-
-def _namespace(name: str) -> Any:
-    module = sys.modules.get(name)
-    if module is not None:
-        return module
-    if name in (*_MODULES, "builtins"):
-        return importlib.import_module(name)
-    owner, _, attribute = name.rpartition(".")
-    return getattr(_namespace(owner), attribute, None) if owner else None
-
-
-def _callables(operator: Operator, names: tuple[str, ...]) -> Iterator[Any]:
-    """The live callables of ``names``, or else of all its names, in-place forms included; this torch may lack some."""
-    methods = (f"torch.Tensor.{method}" for method in operator.methods)
-    for name in names or (operator.fallback, *operator.aliases, *methods):
-        owner, _, attribute = name.rpartition(".")
-        namespace = _namespace(owner)
-        for spelling in (attribute, f"{attribute}_") if owner.startswith("torch") else (attribute,):
-            function = getattr(namespace, spelling, None)
-            if callable(function):
-                yield function
-    module = importlib.import_module("operator")
-    yield from (getattr(module, name) for token in operator.operators for name in _TOKEN_FUNCTIONS[token])
 
 
 @functools.cache
@@ -433,33 +262,5 @@ def _operator_of_row(row: object, path: str, line: int, check: bool) -> Operator
     spec, fallback = row["op"], row["fallback"]
     operator = Operator(spec, fallback, **fields, specification_file=path, line_number=line)
     if check:
-        _check(operator)
+        check_row(operator)
     return operator
-
-
-def _check(operator: Operator) -> None:
-    if operator.kind not in KINDS:
-        msg = f"operator {operator.identifier!r}: kind {operator.kind!r} is none of {KINDS}"
-        raise ValueError(msg)
-    if unknown := [token for token in operator.operators if token not in _TOKEN_CLASS]:
-        msg = f"operator {operator.identifier!r}: unknown Python tokens {unknown}"
-        raise ValueError(msg)
-    names = {parameter.name for parameter in operator.parameters}
-    if missing := [name for name in (*operator.multiplied, *operator.axes) if name not in names]:
-        msg = f"operator {operator.identifier!r}: the schema has no parameters {missing}"
-        raise ValueError(msg)
-    if not re.fullmatch(r"[^\W\d][\w.]*", operator.fallback):
-        msg = f"operator {operator.identifier!r}: {operator.fallback!r} is not a qualified name"
-        raise ValueError(msg)
-
-
-def default_of(parameter: Parameter) -> Any:
-    """The default of a parameter as a value.
-
-    Raises:
-        KeyError: It has none.
-    """
-    if parameter.default_value is None:
-        msg = f"parameter {parameter.name!r} has no default"
-        raise KeyError(msg)
-    return ast.literal_eval(parameter.default_value)
