@@ -1,5 +1,6 @@
 """Every kernel with every configuration of the launch table that a target uses."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -218,11 +219,13 @@ def _neighbours(target: str) -> Iterator[Case]:
     window = {"KERNEL_H": 3, "KERNEL_W": 3, **requantize}
     yield make("int8 max pool", neighbours.pool_kernel, types, {"MEAN": False, **window})
     yield make("int8 mean pool", neighbours.pool_kernel, types, {"MEAN": True, **window})
+    row = {"num_warps": neighbours._warps(block["BLOCK"])}
+    make = functools.partial(_elementwise, options={**row, **EXACT})
     norm = {"CENTRE": True, "WEIGHT": True, "BIAS": True, **requantize}
     yield make("int8 layer norm", neighbours.norm_kernel, {**types, "weight_ptr": "*fp32"}, norm)
     yield make("int8 RMS norm", neighbours.norm_kernel, {**types, "weight_ptr": "*fp32"}, {**norm, "CENTRE": False})
     softmax = make("int8 softmax", neighbours.softmax_kernel, types, requantize)
-    yield Case(softmax.name, softmax.kernel, softmax.types, softmax.constants, softmax.options)  # exp is not exact
+    yield dataclasses.replace(softmax, exact=False)  # an exponential contains multiply-adds
 
 
 def _observe(target: str) -> Iterator[Case]:
