@@ -203,16 +203,20 @@ def _formula(
     if not isinstance(granularity, PerTensor):
         view = blocked(x, granularity.block_size(x.shape))
         scale, zero_point = granularity.spread(scale, x.shape), granularity.spread(zero_point, x.shape)
-    v = view.to(torch.float32) * (1 / scale)
-    shift = torch.round(zero_point.detach())
-    q = torch.round(v.detach()) + shift
+    wide = view.to(torch.float32)
+    v, step, shift = (wide * (1 / scale)).detach(), scale.detach(), torch.round(zero_point.detach())
+    q = torch.round(v) + shift
     on_grid = torch.clamp(q, quant_min, quant_max)
-    offset = on_grid - shift
-    if v.requires_grad or zero_point.requires_grad:
-        # t - t.detach() is exactly zero and carries the gradient: to v inside the grid, to the zero point outside
-        inside = q == on_grid
-        offset = offset + torch.where(inside, v - v.detach(), zero_point.detach() - zero_point)
-    return (offset * scale).reshape(x.shape).to(x.dtype)
+    inside, offset = q == on_grid, on_grid - shift
+    out = offset * step
+    # t - t.detach() is exactly zero and carries a gradient
+    if wide.requires_grad:
+        out = out + torch.where(inside, wide - wide.detach(), 0.0)
+    if scale.requires_grad:
+        out = out + (scale - step) * torch.where(inside, offset - v, offset)
+    if zero_point.requires_grad:
+        out = out + torch.where(inside, 0.0, zero_point.detach() - zero_point) * step
+    return out.reshape(x.shape).to(x.dtype)
 
 
 def _scaled_gradient(x: Tensor, factor: float) -> Tensor:

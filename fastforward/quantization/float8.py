@@ -70,11 +70,12 @@ def _formula(x: Tensor, scale: Tensor, dtype: torch.dtype, granularity: Granular
     if not isinstance(granularity, PerTensor):
         view, scale = blocked(x, granularity.block_size(x.shape)), granularity.spread(scale, x.shape)
     largest = torch.finfo(dtype).max
-    clipped = (view.to(torch.float32) * (1 / scale)).clamp(-largest, largest)
-    rounded = clipped.detach().to(dtype).to(torch.float32)
-    if x.requires_grad:
-        rounded = rounded + (clipped - clipped.detach())
-    return (rounded * scale).reshape(x.shape).to(x.dtype)
+    wide = view.to(torch.float32)
+    scaled = (wide * (1 / scale)).detach()
+    out = scaled.clamp(-largest, largest).to(dtype).to(torch.float32) * scale
+    if wide.requires_grad:  # an exact zero that carries the gradient
+        out = out + torch.where(torch.round(scaled).abs() <= largest, wide - wide.detach(), 0.0)
+    return out.reshape(x.shape).to(x.dtype)
 
 
 def quantize_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, block_size: Sequence[int]) -> Tensor:

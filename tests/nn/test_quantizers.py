@@ -312,14 +312,30 @@ def test_factory_keeps_the_metadata():
     assert made.num_bits == 4
 
 
-def test_under_compile_nothing_changes():
-    quantizer = calibrated(4, symmetric=False)
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        LinearQuantizer(4, symmetric=False),
+        LinearQuantizer(4, granularity=PerChannel(0)),
+        LinearQuantizer(4, granularity=PerGroup(8)),
+        Float8Quantizer(),
+        DynamicLinearQuantizer(8, granularity=PerToken()),
+        DynamicFloat8Quantizer(),
+        BlockFormatQuantizer("nvfp4"),
+    ],
+    ids=repr,
+)
+def test_under_compile_nothing_changes(quantizer):
+    x = randn(4, 16)
+    if hasattr(quantizer, "observe"):
+        quantizer.observe(x)
+    torch._dynamo.reset()
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
-    x = randn(64)
-    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    assert torch.equal(compiled(leaf), quantizer(other))
-    compiled(leaf).sum().backward()
-    quantizer(other).sum().backward()
+    leaf, other = (2 * x).requires_grad_(), (2 * x).requires_grad_()
+    got, want = compiled(leaf), quantizer(other)
+    assert torch.equal(got, want)
+    for out in (got, want):
+        (out * x).sum().backward()
     assert torch.equal(leaf.grad, other.grad)
 
 
