@@ -203,7 +203,9 @@ class Scope:
     def _active_below(self) -> bool:
         if self.owner is None:
             return False
-        return self.owner._stubs_live or next(self.owner.quantizers(), None) is not None
+        if self.owner._stubs_live or next(self.owner.quantizers(), None) is not None:
+            return True
+        return any(getattr(module, "holds_integers", False) for module in self.owner.modules())
 
     def _method(self, number: int, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function, me = method.__func__, method.__self__

@@ -17,11 +17,18 @@ def bypass_rewriting(model: torch.nn.Module) -> None:
     becomes active or a recorder wants to see the sites.
     """
     for module in model.modules():
-        if isinstance(module, RewrittenModule) and module._float_only and "forward" not in module.__dict__:
-            assert module.float_class is not None
+        if not isinstance(module, RewrittenModule) or not module._float_only or "forward" in module.__dict__:
+            continue
+        if module.float_class is not None and not _has_fast_path(module.float_class):
             forward: Any = functools.partial(_forward, module)
             forward.__signature__ = inspect.signature(types.MethodType(module.float_class.forward, module))
             module.__dict__["forward"] = forward
+
+
+def _has_fast_path(cls: type[torch.nn.Module]) -> bool:
+    """Whether ``forward`` may compute whole layers from their weights; rewritten code knows when these are integer."""
+    code = getattr(cls.forward, "__code__", None)
+    return code is None or "get_fastpath_enabled" in code.co_names
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:

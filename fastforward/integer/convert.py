@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import CalibrationError, QuantizationError, UnsupportedOperatorError
-from fastforward.integer import fusion, onednn
+from fastforward.integer import attention, fusion, onednn
 from fastforward.integer.bypass import bypass_rewriting
 from fastforward.integer.conv import IntegerConv, require_kernel
 from fastforward.integer.embedding import IntegerEmbedding
@@ -172,4 +172,4 @@ def _swap(step: Step, keep_float: bool) -> None:
         IntegerConv.swap(layer, step.grid, keep_float=keep_float)
 
 
-__all__ = ["BACKENDS", "convert", "fusion", "learn", "onednn", "require_calibrated"]
+__all__ = ["BACKENDS", "attention", "convert", "fusion", "learn", "onednn", "require_calibrated"]

@@ -63,12 +63,15 @@ class Product:
         No kernel scales channels before it rounds; but blocks of floats that stay in the cache cost little.
         """
         self.layer.used_as_codes(self.fused)
+        if self.codes.numel() <= BLOCK_ROWS * self.codes.shape[-1]:
+            return grid.codes_in_place(self.layer.compute(self.codes, self.epilogue, self.activation))
         rows = self.codes.reshape(-1, self.codes.shape[-1])
-        blocks = [
-            grid.codes_in_place(self.layer.compute(block, self.epilogue, self.activation))
-            for block in rows.split(BLOCK_ROWS)
-        ]
-        codes = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        codes = torch.cat(
+            [
+                grid.codes_in_place(self.layer.compute(block, self.epilogue, self.activation))
+                for block in rows.split(BLOCK_ROWS)
+            ]
+        )
         return codes.view(*self.codes.shape[:-1], codes.shape[-1])
 
     def on_grid(self, grid: Grid) -> torch.Tensor:

@@ -18,6 +18,7 @@ class IntegerEmbedding(torch.nn.Embedding):
     replace the float table.
     """
 
+    holds_integers = True
     weight_int8: torch.Tensor
     weight_scale: torch.Tensor
     output_quantizer: Quantizer | None

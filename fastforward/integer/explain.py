@@ -126,7 +126,10 @@ def _island(path: str, module: QuantizedModule) -> Iterator[Link]:
         return
     reason = getattr(module, REASON, None)
     if reason is None:
-        reason = f"simulated: {', '.join(active)} of a {type(module).__name__}, which has no integer form"
+        shown = ", ".join(name.rpartition("_")[2] for name in active[:4])
+        reason = (
+            f"simulated: {len(active)} quantizers ({shown}{', ...' if len(active) > 4 else ''}) around float operators"
+        )
     yield Link(path, type(module).__name__.removeprefix("Quantized").lower(), reason=reason)
 
 

@@ -61,9 +61,12 @@ class Grid:
 
     def _smoothed(self, x: torch.Tensor) -> torch.Tensor:
         """Codes of the scaled channels of ``x``, a block of rows at a time so that the product stays in the cache."""
+        factor = self.inverse_smoothing
+        assert factor is not None
+        if x.numel() <= _BLOCK_ROWS * x.shape[-1]:
+            return self._rounded(x * factor)
         rows = x.reshape(-1, x.shape[-1])
-        blocks = [self._rounded(block * self.inverse_smoothing) for block in rows.split(_BLOCK_ROWS)]
-        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(x.shape)
+        return torch.cat([self._rounded(block * factor) for block in rows.split(_BLOCK_ROWS)]).view(x.shape)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         codes = quantize_uint8(x, self.scale, self.zero_point)

@@ -44,6 +44,7 @@ class IntegerLayer(torch.nn.Module):
     pays is learned from the first calls: a layer whose result is always used as plain floats stops deferring.
     """
 
+    holds_integers = True
     weight_int8: torch.Tensor
     weight_scale: torch.Tensor
     output_quantizer: Quantizer | None

@@ -1,8 +1,8 @@
 """WeightOnlyLinear: integer weights and floating activations, for decoding one token at a time.
 
-There the time goes into reading the weight, so fewer bytes per weight are what counts. An int8 weight is multiplied by the
-activation split into three signed 8-bit digits, which together hold every float32 value to its own rounding; an int4
-weight by torch's grouped int4 kernel.
+There the time goes into reading the weight, so fewer bytes per weight are what counts. An int8 weight is multiplied by
+the activation split into three signed 8-bit digits, which together hold every float32 value to its own rounding; an
+int4 weight by torch's grouped int4 kernel.
 """
 
 from typing import Any
@@ -27,11 +27,13 @@ GROUPS = (256, 128, 64, 32)
 class WeightOnlyLinear(torch.nn.Linear):
     """``y = x W^T + b`` with an int8 or int4 weight.
 
-    Buffers: for 8 bits ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``); for 4
-    bits ``weight_int4`` (``[out_features, in_features / 2]``, in the order of torch's kernel) and ``weight_scale``
-    (``[in_features / group, out_features, 2]``: scale, and the real value of integer zero). Scales are float32.
+    Buffers: for 8 bits ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``);
+    for 4 bits ``weight_int4`` (``[out_features, in_features / 2]``, in the order of torch's kernel) and
+    ``weight_scale`` (``[in_features / group, out_features, 2]``: scale, and the real value of integer zero). Scales
+    are float32.
     """
 
+    holds_integers = True
     weight_int8: torch.Tensor
     weight_int4: torch.Tensor
     weight_scale: torch.Tensor

@@ -307,3 +307,63 @@ class TestDeferred:
 
         y, expected = self._result()
         assert torch.allclose(Double.apply(y) + 0, expected * 2, atol=1e-5)
+
+
+class TestRewrittenModules:
+    """Conversion of models whose own code was rewritten."""
+
+    def _model(self) -> tuple[nn.Module, torch.Tensor]:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, activation="gelu").eval()
+        example = torch.randn(4, 24, 32)
+        return ff.quantize(layer, [example, example], progress=False), example
+
+    def test_a_fast_path_of_torch_does_not_bypass_integer_layers(self) -> None:
+        model, example = self._model()
+        expected = outputs(model, example)
+        ff.convert(model, backend="onednn", example_inputs=example)
+        assert _equal_up_to_a_step(expected, outputs(model, example))
+        assert _links(model)["linear1"][1:] == ("uint8", ("gelu",))
+
+    def test_modules_without_quantizers_run_their_own_code_until_one_is_attached(self) -> None:
+        inner = Net(lambda self, x: self.a(x) * 2, a=nn.Linear(16, 16))
+        model = nn.Sequential(Twice(), inner)
+        example = torch.randn(8, 16)
+        ff.quantize(model, [example], progress=False)
+        ff.convert(model)
+        first = model[0]
+        assert "forward" in first.__dict__
+        before = outputs(model, example)
+        assert torch.equal(outputs(copy.deepcopy(model), example), before)
+        stub = next(name for name, q in first.own_quantizers().items() if "activation/output" in q.quant_metadata)
+        quantizer = ff.nn.LinearQuantizer(8)
+        quantizer.quantization_range = (-0.01, 0.01)
+        setattr(first, stub, quantizer)
+        assert not torch.allclose(outputs(model, example), before)
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def test_attention_takes_codes_of_query_key_and_value() -> None:
+    torch.manual_seed(0)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (p(x).view(*x.shape[:2], 4, 8).transpose(1, 2) for p in (self.q, self.k, self.v))
+            y = F.scaled_dot_product_attention(q, k, v)
+            return self.o(y.transpose(1, 2).reshape(x.shape))
+
+    example = torch.randn(3, 24, 32)
+    model = ff.quantize(Attention(), [example], progress=False)
+    expected = outputs(model, example)
+    ff.convert(model, backend="onednn")
+    for _ in range(3):
+        assert _equal_up_to_a_step(expected, outputs(model, example))
+    assert {_links(model)[name][1] for name in "qkv"} == {"uint8"}
