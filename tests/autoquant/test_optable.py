@@ -134,7 +134,7 @@ CALLABLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "name"), CALLABLES.items(), ids=str)
+@pytest.mark.parametrize(("function", "name"), CALLABLES.items(), ids=lambda value: getattr(value, "__name__", value))
 def test_find_callable(function: object, name: str) -> None:
     assert default_table().find_callable(function).identifier == name
 
