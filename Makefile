@@ -34,7 +34,7 @@ test: $(VENV)/.package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 zoo: $(VENV)/.package
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --zoo tests/zoo $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m tests.zoo $(ARGS)
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .
