@@ -89,6 +89,7 @@ class Flow:
         consumers: For each site, the sites that use its result, movements of data in between; ``OUTPUT`` stands for
             the model's own output.
         outside: Sites whose result no stub sees: operators that stay float whatever a scheme says.
+        parameters: Ids of the parameters that the run read.
     """
 
     sites: list[Site] = dataclasses.field(default_factory=list)
@@ -96,6 +97,7 @@ class Flow:
     shared: list[frozenset[str]] = dataclasses.field(default_factory=list)
     consumers: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     outside: list[Site] = dataclasses.field(default_factory=list)
+    parameters: frozenset[int] = frozenset()
 
     @property
     def multiplying(self) -> list[Site]:

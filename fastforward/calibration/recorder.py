@@ -7,6 +7,7 @@ module hooks say whose code is running. Tensors are followed by identity and hel
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from fastforward.nn.module import stubs_live
 from fastforward.nn.quantizer import Quantizer, Recorder, recording
 from fastforward.nn.rewritten import RewrittenModule
 
-_SKIPPED_SOURCES = (str(Path(fastforward.__file__).parent), str(Path(torch.__file__).parent))
+_SKIPPED_SOURCES = tuple(f"{Path(str(package.__file__)).parent}{os.sep}" for package in (fastforward, torch))
 # `W @ x`: rows of the first factor become the output's channels, as columns of the second do in the table.
 _ROWS_OF_FIRST = {"matmul": "input", "mm": "input", "bmm": "input", "addmm": "mat1", "baddbmm": "batch1"}
 # C functions below Python ones of the table, whose arguments come in another order.
@@ -80,6 +81,7 @@ class FlowRecorder(TorchFunctionMode):
         self._values: dict[int, set[int]] = {}
         self._quantizers: dict[int, Quantizer] = {}
         self._unsited: dict[int, int] = {}
+        self._parameters: set[int] = set()
         self._exit = contextlib.ExitStack()
 
     # ------------------------------------------------------------------ life
@@ -179,6 +181,8 @@ class FlowRecorder(TorchFunctionMode):
         known: Trace | None = self._traces.get(tensor)
         if known is None:
             known = self._traces[tensor] = fresh(parameter=is_parameter(tensor))
+            if known.parameter:
+                self._parameters.add(id(tensor))
         return known
 
     # ------------------------------------------------------------------ operators
@@ -323,6 +327,7 @@ class FlowRecorder(TorchFunctionMode):
             self._shared(names),
             {producer: frozenset(used) for producer, used in self._consumers.items()},
             [sites[number] for number in outside],
+            frozenset(self._parameters),
         )
 
     def _shared(self, names: Mapping[int, str]) -> list[frozenset[str]]:

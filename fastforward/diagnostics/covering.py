@@ -23,7 +23,7 @@ from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.scheme import REASON
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _INTEGER_REASON = "_ff_float_reason"  # what fastforward.integer.convert notes on a layer that stays simulated
 
 
@@ -188,14 +188,22 @@ def unreached(model: torch.nn.Module, flow: Flow) -> tuple[str, ...]:
     from fastforward.selection.roles import role_from_metadata
 
     places: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Quantizer) and name not in flow.reached and role_from_metadata(module.quant_metadata):
-            file, line = module.quant_metadata.file, module.quant_metadata.line
-            if file is None:
-                places[name.rpartition(".")[0] or "the model"] = None
-            elif not file.startswith(_TORCH):
-                places[_short(f"{file}:{line}")] = None
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if not isinstance(module, Quantizer) or name in flow.reached or not role_from_metadata(module.quant_metadata):
+            continue
+        owner = name.rpartition(".")[0]
+        file, line = module.quant_metadata.file, module.quant_metadata.line
+        if file is not None and not file.startswith(_TORCH):
+            places[_short(f"{file}:{line}")] = None
+        elif file is None and not _read(modules[owner], flow):
+            places[owner or "the model"] = None
     return tuple(places)
+
+
+def _read(module: torch.nn.Module, flow: Flow) -> bool:
+    """Whether the run read a parameter of this very module, whoever did."""
+    return any(id(parameter) in flow.parameters for parameter in module.parameters(recurse=False))
 
 
 def integer_operator(module: torch.nn.Module) -> str | None:

@@ -156,6 +156,24 @@ def test_sites_never_reached_stay_stubs_and_are_reported() -> None:
     assert model(torch.full((1, 8), 1000.0)).shape == (1, 4), "the other branch runs in float"
 
 
+class Borrowing(nn.Module):
+    """Multiplies with the parameters of a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+
+def test_a_layer_whose_parameters_are_used_by_others_is_not_called_unreached(recwarn: pytest.WarningsRecorder) -> None:
+    model = Borrowing()
+    ff.quantize(model, batches(), progress=False)
+    assert not [warning for warning in recwarn if issubclass(warning.category, ff.QuantizationWarning)]
+    assert ff.coverage(model, batches(1)[0]).share == 1.0
+
+
 def test_branches_that_only_later_batches_take_are_quantized() -> None:
     model = Branching()
     ff.quantize(model, [*batches(), torch.full((4, 8), 1000.0)], progress=False)
