@@ -17,6 +17,10 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 GPU_KEYS = ("CUDA", "XPU")
 
 
+# Older torch has only the stricter word for "hand the strides over as they are".
+_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+
+
 def define(
     schema: str,
     *,
@@ -38,7 +42,7 @@ def define(
     """
     below = _same if differentiable else _without_gradient
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, _STRIDES))
     LIBRARY.impl(name, below(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if cpu is not None:
