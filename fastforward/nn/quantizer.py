@@ -188,12 +188,17 @@ class Quantizer(torch.nn.Module):
         return tuple(self._overrides.values())
 
     def forward(self, x: Any) -> Any:
-        """Return ``x`` on the grid; what is not a floating tensor is returned as it is."""
+        """Return ``x`` on the grid, or the tensors of a list or tuple; anything else is returned as it is."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
+            return self._each(x) if type(x) in (list, tuple) else x
         if recorder is not None or self._overrides:
             return self._observed(x)
         return self.simulate(x)
+
+    def _each(self, values: Any) -> Any:
+        """The elements of a list or tuple, quantized; the very object if that changes none."""
+        new = [self.forward(value) for value in values]
+        return values if all(a is b for a, b in zip(new, values, strict=True)) else type(values)(new)
 
     def simulate(self, x: Tensor) -> Tensor:
         """Return a plain tensor of the same shape and dtype whose values lie on the grid."""
@@ -205,10 +210,14 @@ class Quantizer(torch.nn.Module):
         raise QuantizationError(msg)
 
     def _observed(self, x: Tensor) -> Tensor:
-        call: Callable[..., Tensor] = self.simulate
-        for override in self._overrides.values():
-            call = _overridden(self, override, call)
-        out = call(x)
+        if len(self._overrides) == 1:  # as while observing, which is to cost little
+            (override,) = self._overrides.values()
+            out = override(self, self.simulate, (x,), {})
+        else:
+            call: Callable[..., Tensor] = self.simulate
+            for override in self._overrides.values():
+                call = _overridden(self, override, call)
+            out = call(x)
         if recorder is not None:
             recorder.record(self, x, out)
         return out
@@ -285,9 +294,9 @@ class QuantizerStub(Quantizer):
         return True
 
     def forward(self, x: Any) -> Any:
-        if (recorder is not None or self._overrides) and isinstance(x, Tensor) and x.is_floating_point():
-            return self._observed(x)
-        return x
+        if recorder is None and not self._overrides:
+            return x
+        return super().forward(x)
 
     def simulate(self, x: Tensor) -> Tensor:
         return x

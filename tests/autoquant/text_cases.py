@@ -227,6 +227,15 @@ class Lists(nn.Module):
         return torch.cat([first, rest[0]]), {"all": outputs}
 
 
+def joined(parts):
+    return torch.cat(parts)
+
+
+class ListArgument(nn.Module):
+    def forward(self, x):
+        return joined([x, x * 2]) + joined((x, x * 3))
+
+
 class TensorMethods(nn.Module):
     def forward(self, x):
         return x.matmul(x.transpose(0, 1)).softmax(-1, torch.float32).sum(0, keepdim=True).exp()
@@ -281,6 +290,6 @@ class Recurrent(nn.Module):
 
 CASES = [
     Base, Super, Inherited, Methods, Property, Closure, Comprehension, Control, Match, With, InPlace, Walrus, Chained,
-    Order, Helpers, Recursion, Generator, Variadic, Decorated, Lists, TensorMethods, Functionals, LocalImport,
+    Order, Helpers, Recursion, Generator, Variadic, Decorated, Lists, ListArgument, TensorMethods, Functionals, LocalImport,
     Outer.Nested, Parent, Recurrent,
 ]  # fmt: skip
