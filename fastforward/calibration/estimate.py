@@ -44,6 +44,7 @@ class ObservedSite:
         self.handle: OverrideHandle | None = None
         self._simulate = simulate
         self._last: tuple[weakref.ref[Tensor], int] | None = None
+        self._device: torch.device | None = None
 
     def attach(self) -> None:
         """Start to observe."""
@@ -60,9 +61,9 @@ class ObservedSite:
 
     def _observe(self, quantizer: Quantizer, inner: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         (x,) = args
-        self._move_to(x.device)
         if not self._seen_before(x):
-            self.observer(x)
+            self._move_to(x.device)
+            self.observer.forward(x)
             if self._simulate:
                 self.apply(self.observer.calculate_qparams())
         # Another object, as from a quantizer: code that asks `key is value` takes the same branch in both cases.
@@ -70,15 +71,19 @@ class ObservedSite:
         return result
 
     def _move_to(self, device: torch.device) -> None:
-        if self.observer.batches.device != device:
+        if self._device != device:
             self.observer.to(device)
+            self._device = device
 
     def _seen_before(self, x: Tensor) -> bool:
         """Return whether ``x`` is the parameter observed last, unchanged: weights are looked at once, not per batch."""
         if not isinstance(x, torch.nn.Parameter):
             return False
-        last, self._last = self._last, (weakref.ref(x), x._version)
-        return last is not None and last[0]() is x and last[1] == x._version
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version:
+            return True
+        self._last = (weakref.ref(x), x._version)
+        return False
 
     def apply(self, parameters: tuple[Tensor, Tensor]) -> None:
         """Give the quantizer its scale and zero point."""

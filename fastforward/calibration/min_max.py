@@ -30,7 +30,7 @@ class _Extrema(Observer):
             low, high = low.to(torch.float32), high.to(torch.float32)
         if not low.is_cuda:  # there, looking would wait for the GPU at every step: compute_range looks
             self.require_finite(low, high)  # NaN survives amin and amax, so the few extrema tell about all values
-        if self._observed == 0 and self.low.numel() == 0:
+        if self.low.numel() == 0:
             self.start(low, high)
             return
         if low.shape != self.low.shape:
@@ -125,7 +125,8 @@ class MeanMinMax(_Extrema):
         self.follow(other.low, other.high)
 
     def compute_range(self) -> tuple[Tensor, Tensor]:
-        return (self.low / self.batches).to(torch.float32), (self.high / self.batches).to(torch.float32)
+        count = self.count_batches()
+        return (self.low / count).to(torch.float32), (self.high / count).to(torch.float32)
 
 
 class _Latest:
@@ -141,7 +142,7 @@ def extrema_of(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """Return the extrema of each block of ``x``, from memory if ``x`` was the last tensor asked about."""
     if x.is_inference():  # has no version to tell whether it was changed in place
         return min_max(x, granularity)
-    key = (granularity, x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device)
+    key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device, granularity)
     latest = _Latest.entry
     if latest is None or latest[0] != key:
         latest = _Latest.entry = (key, x, min_max(x, granularity))

@@ -6,7 +6,7 @@ yields the smallest and largest value worth representing.
 
 import copy
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Observer(LazyBuffers):
         self.grid: Grid = AffineGrid(-128, 127, symmetric=False)
         self.site = "a tensor"
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self._observed = 0  # `batches` on the host: reading a buffer on a GPU would wait for it
+        self._pending = 0  # batches that `batches` does not count yet: adding to a tensor at each one would cost
 
     def update(self, x: Tensor) -> None:
         """Take in one batch: a detached floating tensor, finite and not empty."""
@@ -85,13 +85,26 @@ class Observer(LazyBuffers):
 
     def take_in(self, x: Tensor) -> None:
         """Check and take in one batch."""
-        data = x.detach()
+        data = x.detach() if x.requires_grad else x
         if not self.checks_values:
             self.require_finite(*torch.aminmax(data))
-        with torch.inference_mode(mode=False):  # a buffer made in inference mode could never be changed outside it
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False):  # a buffer made in it could never be changed outside it
+                self.update(data)
+        else:
             self.update(data)
-            self.batches.add_(1)
-        self._observed += 1
+        self._pending += 1
+
+    def count_batches(self) -> Tensor:
+        """Return the number of batches seen, with the buffer brought up to date."""
+        if self._pending:
+            self.batches.add_(self._pending)
+            self._pending = 0
+        return self.batches
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.count_batches()
+        super()._save_to_state_dict(*args)  # type: ignore[no-untyped-call]
 
     def require_finite(self, low: Tensor, high: Tensor) -> None:
         """Raise CalibrationError if a bound is NaN or infinite."""
@@ -109,7 +122,7 @@ class Observer(LazyBuffers):
     @property
     def has_data(self) -> bool:
         """Whether any tensor was seen."""
-        return self._observed > 0 or int(self.batches) > 0
+        return self._pending > 0 or int(self.batches) > 0
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero point for what was seen; raises CalibrationError if that is nothing."""
@@ -133,7 +146,7 @@ class Observer(LazyBuffers):
             return copy.deepcopy(other)
         merged = copy.deepcopy(self)
         merged.absorb(other)
-        merged.batches += other.batches
+        merged.count_batches().add_(copy.deepcopy(other).count_batches())
         return merged
 
     def succeed(self, other: Self) -> None:
@@ -161,7 +174,7 @@ class BlockObserver(Observer):
 
     def update(self, x: Tensor) -> None:
         rows, shape = rows_by_block(x, self.granularity)
-        if self._observed == 0 and not int(self.batches):
+        if not self.has_data:
             self.dims = torch.tensor(shape, dtype=torch.int64)
         elif shape != self.parameter_shape:
             self.share_leading_axis(shape)
