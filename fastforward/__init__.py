@@ -4,24 +4,23 @@ Every public name is loaded on first use (PEP 562), so ``import fastforward`` im
 nor anything else that is heavy: the toggle and command line depend on that.
 """
 
-import importlib
-from typing import Any
+from fastforward._lazy import lazy_names
 
 __version__ = "0.1.0"
 
-_SUBMODULES = {
-    "autoquant": "fastforward.autoquant",
-    "diagnostics": "fastforward.diagnostics",
-    "exceptions": "fastforward.exceptions",
-    "granularity": "fastforward.quantization.granularity",
-    "integer": "fastforward.integer",
-    "mpath": "fastforward.selection.mpath",
-    "nn": "fastforward.nn",
-    "observers": "fastforward.calibration.observers",
-    "quantization": "fastforward.quantization",
-    "schemes": "fastforward.selection.schemes",
-    "training": "fastforward.training",
-}
+_SUBMODULES = (
+    "autoquant=fastforward.autoquant",
+    "diagnostics=fastforward.diagnostics",
+    "exceptions=fastforward.exceptions",
+    "granularity=fastforward.quantization.granularity",
+    "integer=fastforward.integer",
+    "mpath=fastforward.selection.mpath",
+    "nn=fastforward.nn",
+    "observers=fastforward.calibration.observers",
+    "quantization=fastforward.quantization",
+    "schemes=fastforward.selection.schemes",
+    "training=fastforward.training",
+)
 
 _NAMES = {
     # front ends
@@ -60,7 +59,7 @@ _NAMES = {
     "replace_modules": "fastforward.selection",
     "register_quantize_module_handler": "fastforward.selection",
     # integers
-    "convert": "fastforward.integer.convert",
+    "convert": "fastforward.integer",
     "export": "fastforward.integer",
     # state
     "save_quantization": "fastforward.state",
@@ -73,19 +72,4 @@ _NAMES = {
     "QuantizationWarning": "fastforward.exceptions",
 }
 
-__all__ = sorted([*_SUBMODULES, *_NAMES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(_SUBMODULES[name])
-    if name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
-        globals()[name] = value
-        return value
-    msg = f"module 'fastforward' has no attribute {name!r}"
-    raise AttributeError(msg)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _SUBMODULES)

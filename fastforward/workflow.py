@@ -260,7 +260,7 @@ def _summary(model: torch.nn.Module, batches: Batches, never: tuple[str, ...]) -
 
 
 def _convert(model: torch.nn.Module, batches: Batches) -> None:
-    from fastforward.integer.convert import convert
+    from fastforward.integer import convert
 
     example = batches.first
     with in_eval_mode(model):

@@ -1,7 +1,6 @@
 """Autoquant: Python source in, quantized Python source out; knows no tensor's value."""
 
-import importlib
-from typing import Any
+from fastforward._lazy import lazy_names
 
 _SUBMODULES = ("optable", "patterns", "writer", "bind", "hook", "source", "rewrite", "recompile", "scope")
 
@@ -17,19 +16,4 @@ _NAMES = {
     "PatternRule": "patterns",
 }
 
-__all__ = sorted([*_SUBMODULES, *_NAMES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _SUBMODULES)

@@ -3,8 +3,7 @@
 Names are loaded on first use.
 """
 
-import importlib
-from typing import Any
+from fastforward._lazy import lazy_names
 
 _NAMES = {
     "RangeEstimation": "estimate",
@@ -16,19 +15,4 @@ _NAMES = {
 }
 _SUBMODULES = ("observers",)
 
-__all__ = sorted({*_NAMES, *_SUBMODULES})
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _SUBMODULES)

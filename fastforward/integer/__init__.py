@@ -1,12 +1,11 @@
 """Integer execution: a simulated model becomes one whose layers multiply integers."""
 
-import importlib
-from typing import Any
+from fastforward._lazy import lazy_names
 
 _NAMES = {
-    "convert": "convert",
-    "explain": "explain",
-    "supported": "explain",
+    "convert": "conversion",
+    "explain": "explaining",
+    "supported": "explaining",
     "export": "exporting",
     "IntegerLinear": "linear",
     "IntegerConv1d": "conv",
@@ -16,17 +15,4 @@ _NAMES = {
     "WeightOnlyLinear": "weight_only",
 }
 
-__all__ = sorted(_NAMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-        globals()[name] = value
-        return value
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

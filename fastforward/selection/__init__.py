@@ -1,7 +1,6 @@
 """Which stub becomes which quantizer: queries, rules, schemes and configurations; names are loaded on first use."""
 
-import importlib
-from typing import Any
+from fastforward._lazy import lazy_names
 
 _SUBMODULES = ("mpath", "schemes")
 
@@ -21,19 +20,4 @@ _NAMES = {
     "register_quantize_module_handler": "module_configs",
 }
 
-__all__ = sorted([*_SUBMODULES, *_NAMES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-        globals()[name] = value
-        return value
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _SUBMODULES)

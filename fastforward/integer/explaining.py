@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from fastforward.integer import onednn
-from fastforward.integer.convert import REASON
+from fastforward.integer.conversion import REASON
 from fastforward.integer.embedding import IntegerEmbedding
 from fastforward.integer.layer import IntegerLayer
 from fastforward.integer.weight_only import WeightOnlyLinear
