@@ -21,7 +21,7 @@ copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT \
 	&& $(1)
 endef
 
-.PHONY: demo test zoo lint format clean
+.PHONY: demo test zoo lint lint-rules lint-format lint-types lint-kernels format clean
 
 demo: $(VENV)/.package
 	$(BIN)/python examples/minilm_int8.py
@@ -36,10 +36,19 @@ test: $(VENV)/.package
 zoo: $(VENV)/.package
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m tests.zoo $(ARGS)
 
-lint: $(VENV)/.package
+# Each by itself, so that `make --keep-going lint` shows the findings of all.
+lint: lint-rules lint-format lint-types lint-kernels
+
+lint-rules: $(VENV)/.package
 	$(BIN)/ruff check .
+
+lint-format: $(VENV)/.package
 	$(BIN)/ruff format --check .
+
+lint-types: $(VENV)/.package
 	$(BIN)/mypy
+
+lint-kernels: $(VENV)/.package
 	$(if $(wildcard kernels/check_offline.py),$(BIN)/python kernels/check_offline.py)
 
 format: $(VENV)/.package

@@ -12,7 +12,7 @@ from setuptools.command.editable_wheel import editable_wheel
 STARTUP_FILES = ("fastforward_autoquant.pth", "fastforward_autoquant.start")
 
 
-class EditableWheelWithStartup(editable_wheel):
+class EditableWheelWithStartup(editable_wheel):  # type: ignore[misc, unused-ignore]  # setuptools is untyped in places
     """Adds the start-up files of ``FF_AUTOQUANT`` to the top level of an editable wheel."""
 
     def run(self) -> None:

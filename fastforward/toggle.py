@@ -121,7 +121,7 @@ def _why_no_root(module: torch.nn.Module) -> str | None:
 
 
 def _is_lazy(module: torch.nn.Module) -> bool:
-    return any(isinstance(p, torch.nn.parameter.UninitializedTensorMixin) for p in module.parameters())
+    return any(torch.nn.parameter.is_lazy(p) for p in module.parameters())
 
 
 _active: Toggle | None = None
@@ -151,7 +151,7 @@ def _wrap_module_call(toggle: Toggle) -> None:
             return original(self, *args, **kwargs)
         return toggle.call(self, args, kwargs)
 
-    torch.nn.Module.__call__ = call
+    torch.nn.Module.__call__ = call  # type: ignore[method-assign]
 
 
 def _say_goodbye(toggle: Toggle) -> None:

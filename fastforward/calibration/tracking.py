@@ -91,7 +91,9 @@ class RangeTracking(Quantizer):
             if self._observer is not None and self._observer.has_data:
                 self._set_range(*self._observer.calculate_qparams())
             elif self.is_calibrated:  # a weight: what was computed with it while observing is float and out of date
-                self._set_range(self.scale.clone(), self.zero_point.clone())
+                scale, zero_point = self._buffers["scale"], self._buffers.get("zero_point")
+                assert scale is not None  # it has a range
+                self._set_range(scale.clone(), scale if zero_point is None else zero_point.clone())
         if not isinstance(self._observer, MovingAverageMinMax):
             self.__dict__["_observer"] = None
 
