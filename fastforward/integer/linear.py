@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from fastforward.exceptions import StateError
 from fastforward.integer import onednn
 from fastforward.integer.choose import fastest
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
@@ -13,6 +14,8 @@ from fastforward.integer.layer import IntegerLayer, become
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
+
+_KERNELS = ("onednn", "int_mm", "float")
 
 
 class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
@@ -46,7 +49,25 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     def prepare(self, bias: torch.Tensor | None) -> None:
         super().prepare(bias)
         self._packed = self._float_weight = None
-        self.start()
+        if "_kernels" not in self.__dict__:  # moving a layer keeps what was measured
+            self.start()
+
+    def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """As of every integer layer, with the kernels that were chosen: others may round otherwise."""
+        tensors, data = super().quantization_state()
+        kernels = [[rows, to_codes, kernel] for (rows, to_codes), kernel in self._kernels.items()]
+        return tensors, {**data, "backend": self.backend, "kernels": kernels}
+
+    @classmethod
+    def from_quantization_state(
+        cls, module: torch.nn.Module, tensors: dict[str, torch.Tensor], data: dict[str, Any]
+    ) -> torch.nn.Module:
+        layer = super().from_quantization_state(module, tensors, data)
+        assert isinstance(layer, IntegerLinear)
+        layer.start(_known(data["backend"], ("auto", *_KERNELS)))
+        layer._kernels = {(int(rows), bool(to_codes)): _known(k, _KERNELS) for rows, to_codes, k in data["kernels"]}
+        layer._float_wins = "float" in layer._kernels.values()
+        return layer
 
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features)
@@ -151,3 +172,11 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
         return {**self.__dict__, "_packed": None, "_float_weight": None}
+
+
+def _known(name: Any, names: tuple[str, ...]) -> str:
+    if name not in names:
+        msg = f"the state names kernel {name!r}; known are {', '.join(names)}"
+        raise StateError(msg)
+    # A state may come from a machine that has oneDNN.
+    return "int_mm" if name == "onednn" and not onednn.has_onednn() else str(name)

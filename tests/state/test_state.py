@@ -155,6 +155,21 @@ def test_tensors_that_hold_code_are_refused(tmp_path):
         ff.save_quantization(net, tmp_path)
 
 
+@pytest.mark.parametrize("kernel", ["int_mm", "float"])
+def test_kernels_that_were_measured_come_back(tmp_path, kernel):
+    net = ff.quantize_model(nn.Linear(16, 16))
+    ff.schemes.get("w8a8").apply(net)
+    x = torch.randn(5, 16)
+    with ff.estimate_ranges(net, ff.observers.MinMax):
+        net(x)
+    ff.convert(net, example_inputs=x)
+    net._kernels = {(5, False): kernel}
+    net._float_wins = kernel == "float"
+    loaded = ff.load_quantization(nn.Linear(16, 16), ff.save_quantization(net, tmp_path))
+    assert loaded._kernels == net._kernels
+    assert torch.equal(loaded(x), net(x))
+
+
 def test_an_integer_layer_alone_can_be_loaded(tmp_path):
     net = ff.quantize_model(nn.Linear(4, 4))
     ff.schemes.get("w8a8").apply(net)
