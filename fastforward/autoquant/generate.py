@@ -36,11 +36,13 @@ class AutoQuantizedCode:
         code: The text.
         pymodule: The module made from it; None unless ``auto_import`` was asked for.
         pymodule_name: Name of that module.
+        unknown_operators: Calls of torch that the operator table does not cover, with file and line; they stay float.
     """
 
     code: str
     pymodule: types.ModuleType | None
     pymodule_name: str
+    unknown_operators: tuple[str, ...] = ()
 
 
 def autoquantize(
@@ -99,7 +101,8 @@ def autoquantize(
     pymodule = import_code(code, name) if auto_import else None
     if writer is not None:
         writer.write(code)
-    return AutoQuantizedCode(code, pymodule, name)
+    unknown = dict.fromkeys(line for unit in text.graph.units() for line in unit.unknown)
+    return AutoQuantizedCode(code, pymodule, name, tuple(unknown))
 
 
 def _writer(

@@ -21,6 +21,7 @@ from fastforward.autoquant.patterns import apply_rules
 from fastforward.autoquant.recompile import Engine, _clone_in_place, resolver
 from fastforward.autoquant.sites import Site, name_sites, nested_name
 from fastforward.autoquant.source import FunctionNode, locate, qualname
+from fastforward.autoquant.unknown import unknown_operators
 from fastforward.exceptions import AutoquantError
 
 SiteKey = tuple[int, int, int, str]
@@ -68,7 +69,7 @@ class TextUnit:
         resolve: Name or attribute chain -> the object it means, or ``UNKNOWN``.
         owner: The class of the instances it runs on, for a method.
         calls: ``id`` of a call node -> its callee.
-        text_name: What the text calls it; set when it is rendered as a function of its own.
+        unknown: Its calls of torch that the operator table does not cover, with file and line.
     """
 
     function: types.FunctionType
@@ -78,7 +79,7 @@ class TextUnit:
     resolve: Resolver
     owner: type | None
     calls: dict[int, Callee] = field(default_factory=dict)
-    text_name: str = ""
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def callee(self) -> str:
@@ -171,6 +172,7 @@ class Graph:
         if not self.use_type_inference:
             context = dataclasses.replace(context, may_be_tensor=_not_literal)
         unit = TextUnit(function, node, mark(node, context), context.table, resolve, owner)
+        unit.unknown = list(unknown_operators(node, context, function))
         self._drop(unit)
         self._active.append(unit)
         unit.calls = dict(self._calls(unit))

@@ -211,6 +211,28 @@ def test_right_annotations_are_not_reported(recwarn: pytest.WarningsRecorder) ->
     assert not [warning for warning in recwarn if warning.category is QuantizationWarning]
 
 
+# ------------------------------------------------------------------ what stays float
+class Unknown(nn.Module):
+    def forward(self, x):
+        y = torch.linalg.svdvals(x) + torch.zeros(1) + torch.arange(3).sum()
+        return y.sort()[0] * x.size(0)
+
+
+def test_unknown_operators_stay_and_are_listed() -> None:
+    result = ff.autoquantize(Unknown())
+    assert "torch.linalg.svdvals(x)" in result.code
+    line = Unknown.forward.__code__.co_firstlineno + 1
+    (listed,) = result.unknown_operators
+    assert f"test_autoquantize.py:{line}: torch.linalg.svdvals " in listed
+    assert ff.autoquantize(Net()).unknown_operators == ()
+
+
+def test_an_operator_that_the_table_lacks_is_listed() -> None:
+    table = ff.autoquant.OperatorTable()
+    (listed,) = ff.autoquantize(Pragmas(), operator_table=table).unknown_operators
+    assert "torch.nn.functional.linear has no row" in listed
+
+
 # ------------------------------------------------------------------ refusals
 def test_what_cannot_be_text_is_named_with_its_line() -> None:
     with pytest.raises(AutoquantError, match=r"test_autoquantize.py:\d+: .*Changed.forward.*assigns globals"):
