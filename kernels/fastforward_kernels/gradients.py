@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from fastforward_kernels import cpu
+from fastforward_kernels import cpu, reference_matmul
 from fastforward_kernels.library import LIBRARY, NAMESPACE
 
 Operator = Callable[..., Any]
@@ -34,6 +34,25 @@ def register(forward: Any, backward: Operator, lsq_backward: Operator, apply_mas
 
     _register("fake_quantize_with_mask", masked, _keep_mask)
     _register("fake_quantize_float8", float8, _keep_float8)
+
+
+def register_weight_only() -> None:
+    """Attach the gradients to the activation and the bias; the weight is an integer and has none."""
+    _register("weight_only_linear", _weight_only_gradients, _keep_weight)
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    x, weight, scale, zero_point, ctx.group_size, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(weight, scale, *(() if zero_point is None else (zero_point,)))
+
+
+def _weight_only_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, scale, *zero_point = ctx.saved_tensors
+    real = reference_matmul.dequantized(weight, scale, zero_point[0] if zero_point else None, ctx.group_size, ctx.dtype)
+    to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
+    return grad @ real, None, None, None, None, to_bias
 
 
 def _autograd_kernel(forward: Any, backward: Operator, lsq_backward: Operator) -> Callable[..., Tensor]:

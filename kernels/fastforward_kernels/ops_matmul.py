@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforward_kernels import cpu_matmul, epilogue
+from fastforward_kernels import cpu_matmul, cpu_weight_only, epilogue, gradients
 from fastforward_kernels import reference_matmul as reference
 from fastforward_kernels.library import define
 from fastforward_kernels.packing import PackedWeight, PackedWeightOnly
@@ -78,9 +78,13 @@ WEIGHT_ONLY_LINEAR: Callable[..., Tensor] = define(
     "weight_only_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, int group_size, Tensor? bias) "
     "-> Tensor",
     reference=reference.weight_only_linear,
+    cpu=cpu_weight_only.weight_only_linear,
+    differentiable=True,
     triton="weight_only:weight_only_linear",
     fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
+
+gradients.register_weight_only()
 
 
 def int8_linear(

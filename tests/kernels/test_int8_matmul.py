@@ -226,6 +226,17 @@ def test_weight_only_linear_is_the_product_with_the_dequantized_weight(bits, gro
     assert packed.weight.numel() == 48 * 256 * bits // 8
 
 
+def test_weight_only_linear_passes_gradients_to_activation_and_bias():
+    q, scale = integers((16, 64)).clamp(-8, 7), torch.rand(16, 2)
+    packed = ffk.pack_weight_only(q, scale, bits=4, group_size=32)
+    weight = ffk.dequantize(q, scale, None, group_size=32)
+    x, bias = floats((2, 5, 64)).requires_grad_(), floats((16,)).requires_grad_()
+    grad = floats((2, 5, 16), 3)
+    ffk.weight_only_linear(x, packed, bias).backward(grad)
+    assert torch.allclose(x.grad, grad @ weight, atol=1e-5)
+    assert torch.allclose(bias.grad, grad.sum((0, 1)), atol=1e-5)
+
+
 PACKED = ffk.pack_linear_weight(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))
 ONE = torch.tensor(1.0)
 ERRORS = [

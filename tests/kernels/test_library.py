@@ -55,7 +55,7 @@ def calls():
         "int8_matmul": [(Q[None], SCALE, ZERO, W.t()[None], SCALE, ZERO, *NO_OUT)],
         "int8_conv": [(IMAGE, SCALE, ZERO, *CONV, None, None, [2, 2], [1, 1], [1, 1], 1, "relu", *OUT)],
         "float8_linear": [(X.to(F8), SCALE, X.to(F8), SCALE, None, torch.float32)],
-        "weight_only_linear": [(X, *four, None)],
+        "weight_only_linear": [(leaf(), *four, None)],
         "int8_embedding": [(torch.tensor([1, 2]), Q, SCALE, ZERO, *OUT)],
         "int8_lookup": [(Q, torch.rand(256))],
         "int8_add": [(Q, SCALE, ZERO, Q[0], SCALE, ZERO, "relu", *OUT)],
