@@ -154,21 +154,22 @@ def state_arguments(quantizer: Quantizer) -> dict[str, Any]:
         raise StateError(msg) from error
 
 
+# How quantizers of our own call an argument that they keep under another name.
+_KEPT_AS = {"dtype": "quantized_dtype"}
+_NOT_SAVED = ("metadata", "param_dtype", "device")
+
+
 def _arguments_by_signature(quantizer: Quantizer) -> dict[str, Any]:
     found = {}
     for name, parameter in list(inspect.signature(type(quantizer).__init__).parameters.items())[1:]:
-        if name in ("metadata", "param_dtype", "device") or parameter.kind in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        ):
+        if name in _NOT_SAVED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        if hasattr(quantizer, name):
-            found[name] = getattr(quantizer, name)
-        elif parameter.default is parameter.empty:
-            msg = (
-                f"{type(quantizer).__name__} cannot be saved: it keeps no attribute {name!r}; give it state_arguments()"
-            )
+        attribute = name if hasattr(quantizer, name) else _KEPT_AS.get(name, name)
+        if not hasattr(quantizer, attribute):
+            cls = type(quantizer).__name__
+            msg = f"{cls} cannot be saved: it keeps no attribute {name!r}; give it a method state_arguments()"
             raise StateError(msg)
+        found[name] = getattr(quantizer, attribute)
     return found
 
 

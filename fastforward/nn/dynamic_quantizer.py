@@ -45,6 +45,7 @@ class DynamicLinearQuantizer(Quantizer):
         self.num_bits = num_bits
         self.symmetric = symmetric
         self.allow_one_sided = allow_one_sided
+        self.restricted = restricted
         self.granularity = PerTensor() if granularity is None else granularity
         self.quantized_dtype = storage_dtype(num_bits, quantized_dtype)
         self.parameter_inference_fn = parameter_inference_fn

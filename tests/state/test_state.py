@@ -155,6 +155,40 @@ def test_tensors_that_hold_code_are_refused(tmp_path):
         ff.save_quantization(net, tmp_path)
 
 
+class Mine(Quantizer):
+    def __init__(self, step, metadata=None):
+        super().__init__(metadata)
+        self.step = step
+
+    def simulate(self, x):
+        return torch.round(x / self.step) * self.step
+
+
+@pytest.mark.parametrize("scheme", ff.schemes.names())
+def test_models_of_every_scheme_come_back(tmp_path, scheme):
+    torch.manual_seed(0)
+    plain, x = (
+        [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval() for _ in range(3)],
+        torch.randn(5, 64),
+    )
+    net = ff.quantize(plain[0], [x], scheme=scheme, progress=False)
+    assert torch.equal(ff.load_quantization(plain[1], ff.save_quantization(net, tmp_path))(x), net(x))
+    ff.convert(net)
+    assert torch.equal(ff.load_quantization(plain[2], ff.save_quantization(net, tmp_path))(x), net(x))
+
+
+class Forgetful(Mine):
+    def __init__(self, step, other=3, metadata=None):
+        super().__init__(step, metadata)
+
+
+def test_an_argument_that_is_not_kept_is_refused_even_if_it_has_a_default(tmp_path):
+    net = quantized("w8")
+    ff.find_quantizers(net, "head/input_quantizer").initialize(Forgetful, step=0.25)
+    with pytest.raises(StateError, match="Forgetful cannot be saved: it keeps no attribute 'other'"):
+        ff.save_quantization(net, tmp_path)
+
+
 @pytest.mark.parametrize("kernel", ["int_mm", "float"])
 def test_kernels_that_were_measured_come_back(tmp_path, kernel):
     net = ff.quantize_model(nn.Linear(16, 16))
@@ -302,15 +336,6 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(StateError, match="cannot write"):
         ff.save_quantization(net, tmp_path / "missing" / "net.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-class Mine(Quantizer):
-    def __init__(self, step, metadata=None):
-        super().__init__(metadata)
-        self.step = step
-
-    def simulate(self, x):
-        return torch.round(x / self.step) * self.step
 
 
 def test_quantizer_classes_of_ones_own_are_named_when_loading(tmp_path):
