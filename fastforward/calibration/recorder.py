@@ -135,7 +135,7 @@ class FlowRecorder(TorchFunctionMode):
         site.calls += 1
         out = next(iter(tensors_in(output)), None)
         if out is not None and site.multiplies:
-            shape = getattr(module, "weight_shape", ())
+            shape = getattr(module, "weight_shape", None) or (0, getattr(module, "in_features", 0))
             shape = shape() if callable(shape) else shape
             site.macs += out.numel() * math.prod(shape[1:])
         self._consume(site, tensors_in(args))

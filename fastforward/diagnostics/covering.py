@@ -19,6 +19,7 @@ from fastforward.diagnostics.table import html_table, text_table
 from fastforward.exceptions import QuantizationError
 from fastforward.integer.embedding import IntegerEmbedding
 from fastforward.integer.layer import IntegerLayer
+from fastforward.integer.weight_only import WeightOnlyLinear
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.scheme import REASON
@@ -210,13 +211,14 @@ def integer_operator(module: torch.nn.Module) -> str | None:
     """The operator that an integer layer computes; ``None`` for any other module."""
     if isinstance(module, IntegerEmbedding):
         return "embedding"
-    if not isinstance(module, IntegerLayer):
-        return None
-    name = type(module).__name__.removeprefix("Integer").lower()
-    return name
+    if isinstance(module, WeightOnlyLinear):
+        return "linear"
+    return type(module).__name__.removeprefix("Integer").lower() if isinstance(module, IntegerLayer) else None
 
 
 def _state(site: Site, modules: dict[str, torch.nn.Module], outside: bool) -> tuple[str, str]:
+    if site.integer and isinstance(modules.get(site.module), WeightOnlyLinear):
+        return "float", "input stays float; the weight is stored as integers"
     if site.integer:
         return "integer", ""
     if not site.operands:

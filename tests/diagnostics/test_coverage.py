@@ -104,6 +104,16 @@ def test_integer_layers_are_reported_as_integer() -> None:
     assert {row.operator for row in found.multiplying} == {"conv2d", "linear"}
 
 
+def test_layers_with_integer_weights_alone_count_their_work_as_float() -> None:
+    model, x = nn.Linear(128, 64).eval(), torch.randn(4, 128)
+    ff.quantize(model, [x], scheme="w4_g128", progress=False)
+    before = ff.coverage(model, x)
+    ff.convert(model)
+    after = ff.coverage(model, x)
+    assert before.macs == after.macs == 4 * 128 * 64
+    assert after.share == 0 and "stored as integers" in after.multiplying[0].reason
+
+
 def test_operators_in_modules_that_could_not_be_rewritten_are_named_as_outside() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Half())
     ff.quantize_model(model, skip=["1"])
