@@ -1,7 +1,5 @@
 """Observers that follow the smallest and largest value: overall, by moving average, by mean of batches."""
 
-from typing import Any
-
 import torch
 import torch.distributed
 from torch import Tensor
@@ -30,10 +28,11 @@ class _Extrema(Observer):
             low, high = low.to(torch.float32), high.to(torch.float32)
         if not low.is_cuda:  # there, looking would wait for the GPU at every step: compute_range looks
             self.require_finite(low, high)  # NaN survives amin and amax, so the few extrema tell about all values
-        if self.low.numel() == 0:
+        shape = self.low.shape
+        if shape == (0,):
             self.start(low, high)
             return
-        if low.shape != self.low.shape:
+        if low.shape != shape:
             low, high = self.share_rows(low, high)
         self.follow(low, high)
 
@@ -65,8 +64,9 @@ class MinMax(_Extrema):
     """The smallest and largest value of all batches. Merging is exact, associative and commutative."""
 
     def follow(self, low: Tensor, high: Tensor) -> None:
-        torch.minimum(self.low, low, out=self.low)
-        torch.maximum(self.high, high, out=self.high)
+        own_low, own_high = self.low, self.high
+        torch.minimum(own_low, low, out=own_low)
+        torch.maximum(own_high, high, out=own_high)
 
     def absorb(self, other: Self) -> None:
         low, high = other.low, other.high
@@ -135,18 +135,21 @@ class _Latest:
     The tensor is held, so that its memory cannot come back as another one's while the entry stands.
     """
 
-    entry: tuple[Any, Tensor, tuple[Tensor, Tensor]] | None = None
+    entry: tuple[Tensor, int, Granularity, tuple[Tensor, Tensor]] | None = None
 
 
 def extrema_of(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """Return the extrema of each block of ``x``, from memory if ``x`` was the last tensor asked about."""
     if x.is_inference():  # has no version to tell whether it was changed in place
         return min_max(x, granularity)
-    key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device, granularity)
-    latest = _Latest.entry
-    if latest is None or latest[0] != key:
-        latest = _Latest.entry = (key, x, min_max(x, granularity))
-    return latest[2]
+    if _Latest.entry is not None:
+        seen, version, blocks, extrema = _Latest.entry
+        same_memory = seen.data_ptr() == x.data_ptr() and version == x._version and seen.dtype == x.dtype
+        if same_memory and seen.shape == x.shape and seen.stride() == x.stride() and blocks == granularity:
+            return extrema
+    extrema = min_max(x, granularity)
+    _Latest.entry = (x, x._version, granularity, extrema)
+    return extrema
 
 
 def forget_latest() -> None:

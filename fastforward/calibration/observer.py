@@ -93,7 +93,7 @@ class Observer(LazyBuffers):
                 self.update(data)
         else:
             self.update(data)
-        self._pending += 1
+        self.__dict__["_pending"] += 1  # past nn.Module's slow __setattr__
 
     def count_batches(self) -> Tensor:
         """Return the number of batches seen, with the buffer brought up to date."""
@@ -104,7 +104,7 @@ class Observer(LazyBuffers):
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.count_batches()
-        super()._save_to_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(*args)
 
     def require_finite(self, low: Tensor, high: Tensor) -> None:
         """Raise CalibrationError if a bound is NaN or infinite."""
