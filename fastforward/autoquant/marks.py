@@ -374,12 +374,13 @@ class _Marker:
     def operands(self, node: ast.Call, operator: Operator, method: bool) -> None:
         """Mark every quantized operand of a call."""
         positional = [node.func.value] if method and isinstance(node.func, ast.Attribute) else []
+        changed = node.args[0] if _works_in_place(node) else None  # a copy would be changed instead
         numbered = enumerate([*positional, *node.args])
         pairs = [(expression, p) for n, expression in numbered if (p := operator.parameter_at(n)) is not None]
         by_name = {parameter.name: parameter for parameter in operator.parameters}
         pairs += [(k.value, by_name[k.arg]) for k in node.keywords if k.arg in by_name]
         for expression, parameter in pairs:
-            if not (parameter.quantized or parameter.maybe_quantized):
+            if not (parameter.quantized or parameter.maybe_quantized) or expression is changed:
                 continue
             if parameter.name in operator.multiplied and self._is_container(expression, parameter):
                 self.quantize_inline(expression, Use(operator.identifier, parameter.name))
@@ -458,6 +459,10 @@ class _Marker:
     def output(self, node: ast.expr, operator: Operator) -> Site | None:
         """Give the result of an operator its quantizer."""
         site = None
+        if isinstance(node, ast.Call) and _works_in_place(node):
+            self.marks.outputs[id(node)] = None
+            self.marks.keep.append(node)
+            return None
         if operator.output_quantized:
             site = self.site(operator.identifier, roles.OUTPUT, Use(operator.identifier, ""), node)
         self.marks.outputs[id(node)] = site
@@ -607,6 +612,12 @@ def _identified(node: ast.Compare) -> set[str]:
     sides = [node.left, *node.comparators]
     names = {side.id for side in sides if isinstance(side, ast.Name)}
     return names if not any(isinstance(side, ast.Constant) for side in sides) else set()
+
+
+def _works_in_place(node: ast.Call) -> bool:
+    """``relu(x, inplace=True)``: the result is the first argument itself."""
+    flags = [keyword.value for keyword in node.keywords if keyword.arg == "inplace"]
+    return bool(flags and node.args) and not (isinstance(flags[0], ast.Constant) and not flags[0].value)
 
 
 def _changed_by_call(node: ast.Call) -> set[str]:
