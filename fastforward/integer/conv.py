@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
-from fastforward.integer import onednn
+from fastforward.integer import onednn, portable
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, make_epilogue
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import IntegerLayer, become
@@ -25,6 +25,8 @@ class IntegerConv(IntegerLayer):
     """
 
     channels_first = True
+    _fusible: tuple[str, ...] = ("none",)
+    """Activations that oneDNN's convolution of these dimensions takes over."""
     in_channels: int
     out_channels: int
     groups: int
@@ -33,6 +35,7 @@ class IntegerConv(IntegerLayer):
     padding: Any
     dilation: tuple[int, ...]
     _packed: torch.Tensor | None
+    _operands: portable.Operands | None
     _folds: dict[tuple[int, ...], tuple[Any, Epilogue]]
 
     @classmethod
@@ -48,7 +51,7 @@ class IntegerConv(IntegerLayer):
 
     def prepare(self, bias: torch.Tensor | None) -> None:
         super().prepare(bias)
-        self._packed, self._folds = None, {}
+        self._packed, self._folds, self._operands = None, {}, None
         self.record.kernel = "onednn"
         self._pack()  # now, because a compiler cannot do it while it traces
 
@@ -75,6 +78,11 @@ class IntegerConv(IntegerLayer):
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None
     ) -> torch.Tensor:
         scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
+        if codes.device.type != "cpu":
+            return self._portable(codes, epilogue, activation, out)
+        if activation.name not in self._fusible:
+            y = activation.apply(self.compute(codes, epilogue))
+            return y if out is None else out.codes(y)
         stride, padding, dilation = self._geometry()
         result: torch.Tensor = torch.ops.onednn.qconv_pointwise(
             codes,
@@ -96,6 +104,15 @@ class IntegerConv(IntegerLayer):
             activation.algorithm,
         )
         return onednn.limited(result, out)
+
+    def _portable(
+        self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
+    ) -> torch.Tensor:
+        if self._operands is None:
+            self._operands = portable.operands(self.weight_int8, self.grid)
+        stride, padding, dilation = self._geometry()
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": self.groups}
+        return portable.conv(codes, self.weight_int8, self._operands, epilogue, geometry, activation, out)
 
     def folded(
         self, base: Epilogue, mean: torch.Tensor, var: torch.Tensor, weight: Any, bias: Any, eps: float
@@ -169,7 +186,7 @@ class IntegerConv(IntegerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_packed": None, "_folds": {}}
+        return {**self.__dict__, "_packed": None, "_folds": {}, "_operands": None}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -179,9 +196,13 @@ class IntegerConv(IntegerLayer):
 class IntegerConv1d(IntegerConv, torch.nn.Conv1d):  # type: ignore[override]
     """``torch.nn.Conv1d`` with integer operands."""
 
+    _fusible = ("none", "relu")
+
 
 class IntegerConv2d(IntegerConv, torch.nn.Conv2d):  # type: ignore[override]
     """``torch.nn.Conv2d`` with integer operands."""
+
+    _fusible = ("none", "relu", "hardtanh", "hardswish", "swish")
 
 
 class IntegerConv3d(IntegerConv, torch.nn.Conv3d):  # type: ignore[override]
@@ -197,7 +218,11 @@ def require_kernel(layer: Any) -> None:
     if layer.padding == "same" and any(reach % 2 for reach in reaches):
         msg = "padding 'same' with an even kernel pads unevenly, which has no integer kernel"
         raise UnsupportedOperatorError(msg)
-    if not onednn.has_onednn():
+    if layer.weight.device.type != "cpu":
+        if len(layer.kernel_size) > 2:
+            msg = f"three-dimensional convolutions have no integer kernel on {layer.weight.device.type}"
+            raise UnsupportedOperatorError(msg)
+    elif not onednn.has_onednn():
         msg = "integer convolutions need torch's oneDNN operators on a machine with exact uint8 x int8 products"
         raise UnsupportedOperatorError(msg)
 

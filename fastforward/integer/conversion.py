@@ -23,7 +23,7 @@ from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
 
-BACKENDS = ("auto", "onednn", "int_mm")
+BACKENDS = ("auto", "onednn", "int_mm", "kernels")
 REASON = "_ff_float_reason"
 _CONVS = (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
 _CONVERTIBLE = (QuantizedLinear, QuantizedEmbedding, *_CONVS)
@@ -48,7 +48,8 @@ def convert(
 
     Args:
         model: A model whose quantizers are calibrated.
-        backend: ``"auto"``, or the kernel of every linear layer: ``"onednn"`` or ``"int_mm"``.
+        backend: ``"auto"``, or the kernel of every linear layer: ``"onednn"``, ``"int_mm"`` (torch's plain integer
+            product) or ``"kernels"`` (the operators of ``fastforward_kernels``; what GPUs use).
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments. The model runs on it a few
             times: kernels are chosen by measurement for its shapes, and layers learn what follows them. Without it
             kernels follow a table of defaults, and layers learn from the first calls.

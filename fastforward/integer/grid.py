@@ -149,7 +149,7 @@ def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tens
     The operator yields a quantized tensor; taking over its storage costs nothing, ``int_repr`` would copy it.
     """
     quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
-    codes = torch.empty(0, dtype=torch.uint8)
+    codes = torch.empty(0, dtype=torch.uint8, device=x.device)
     return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
 
 

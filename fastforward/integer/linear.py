@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import StateError
-from fastforward.integer import onednn
+from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, grid_of
@@ -15,7 +15,7 @@ from fastforward.integer.weights import integer_weight
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
 
-_KERNELS = ("onednn", "int_mm", "float")
+_KERNELS = ("onednn", "int_mm", "kernels", "float")
 
 
 class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
@@ -28,6 +28,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     channels_first = False
     _packed: torch.Tensor | None
     _float_weight: torch.Tensor | None
+    _operands: portable.Operands | None
     _kernels: dict[tuple[int, bool], str]
     backend: str
     measures: bool
@@ -48,7 +49,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     def prepare(self, bias: torch.Tensor | None) -> None:
         super().prepare(bias)
-        self._packed = self._float_weight = None
+        self._packed = self._float_weight = self._operands = None
         if "_kernels" not in self.__dict__:  # moving a layer keeps what was measured
             self.start()
 
@@ -99,6 +100,10 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     def _run(
         self, kernel: str, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
     ) -> torch.Tensor:
+        if kernel == "kernels":
+            if self._operands is None:
+                self._operands = portable.operands(self.weight_int8, self.grid)
+            return portable.linear(codes, self.weight_int8, self._operands, epilogue, activation, out)
         if kernel == "onednn":
             return onednn.linear_onednn(codes, self.grid.scale, self._pack(), epilogue, activation, out)
         return onednn.linear_int_mm(codes, self.weight_int8, epilogue, activation, out)
@@ -117,6 +122,8 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         """Pick the kernel for so many rows and a result in floats or codes."""
         if self.backend != "auto":
             kernel = self.backend
+        elif codes.device.type != "cpu":
+            kernel = "kernels"
         elif not onednn.has_onednn():
             kernel = "int_mm"
         elif self.measures:
@@ -171,7 +178,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_packed": None, "_float_weight": None}
+        return {**self.__dict__, "_packed": None, "_float_weight": None, "_operands": None}
 
 
 def _known(name: Any, names: tuple[str, ...]) -> str:

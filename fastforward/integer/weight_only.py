@@ -125,6 +125,9 @@ class WeightOnlyLinear(torch.nn.Linear):
 def require_weight_only(layer: QuantizedLinear) -> None:
     """Raise UnsupportedOperatorError, with the reason, for a layer without a weight-only form."""
     quantizer = layer.weight_quantizer
+    if layer.weight.device.type != "cpu":
+        msg = f"weight-only layers have integer kernels on CPUs only, it is on {layer.weight.device.type}"
+        raise UnsupportedOperatorError(msg)
     if layer.smoothing is not None or not layer.output_quantizer.is_stub():
         msg = "only its weight is integer; smoothing or an output quantizer then need the simulation"
         raise UnsupportedOperatorError(msg)

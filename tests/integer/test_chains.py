@@ -59,6 +59,21 @@ def test_activation_between_two_linears_is_fused(name: str, rows: int) -> None:
     assert _links(model)["b"][0] == "uint8"
 
 
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_between_two_convolutions(name: str, dimensions: int) -> None:
+    torch.manual_seed(0)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    example = torch.randn(2, 4, *[6] * dimensions)
+    activation = ACTIVATIONS[name][0]
+    net = Net(lambda self, x: self.b(activation(self.a(x))), a=kind(4, 8, 3, padding=1), b=kind(8, 4, 3))
+    model = simulated(net, example)
+    expected = outputs(model, example)
+    ff.convert(model)
+    assert _equal_up_to_a_step(expected, outputs(model, example, runs=3))
+    assert _links(model)["b"][0] == "uint8"
+
+
 def test_two_activations_are_not_both_fused() -> None:
     torch.manual_seed(0)
     example = torch.randn(40, 32)

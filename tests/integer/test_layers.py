@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
 from fastforward.integer import IntegerLinear
+from fastforward.integer.epilogue import GELU_TANH, HARDSWISH, NO_ACTIVATION, RELU, Activation
+from fastforward.integer.grid import Grid
 
 nn = torch.nn
 
@@ -88,7 +90,7 @@ def test_no_floating_product_inside(name: str) -> None:
     assert seen.found == []
 
 
-@pytest.mark.parametrize("kernel", ["onednn", "int_mm"])
+@pytest.mark.parametrize("kernel", ["onednn", "int_mm", "kernels"])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_every_kernel_gives_the_same(kernel: str, rows: int) -> None:
     torch.manual_seed(0)
@@ -187,3 +189,18 @@ def test_a_layer_is_still_a_linear_layer() -> None:
     assert type(model[0]) is IntegerLinear
     assert model[0].out_features == 16
     assert model[0].weight.shape == (16, 32)
+
+
+@pytest.mark.parametrize("to_codes", [False, True], ids=["floats", "codes"])
+@pytest.mark.parametrize("activation", [NO_ACTIVATION, RELU, GELU_TANH, HARDSWISH], ids=lambda a: a.name)
+def test_what_gpus_use_for_convolutions_computes_the_same(activation: Activation, to_codes: bool) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, 8, 9, 9)
+    model = ff.convert(simulated(nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)), example))
+    layer = model[0]
+    codes, out = layer.codes(example), Grid(0.02, 128) if to_codes else None
+    expected = layer.compute(codes, layer.epilogue, activation, out)
+    actual = layer._portable(codes, layer.epilogue, activation, out)
+    assert actual.dtype == expected.dtype
+    assert torch.allclose(actual.float(), expected.float(), atol=1 if to_codes else 1e-5)
+    assert (actual != expected).float().mean() < 0.01 or not to_codes
