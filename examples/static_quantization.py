@@ -39,11 +39,7 @@ class ToyLinearModel(torch.nn.Module):
         self.linear2 = torch.nn.Linear(k, n, bias=False)
 
     def example_inputs(self, batch_size=1, dtype=torch.float32, device="cpu"):
-        return (
-            torch.randn(
-                batch_size, self.linear1.in_features, dtype=dtype, device=device
-            ),
-        )
+        return (torch.randn(batch_size, self.linear1.in_features, dtype=dtype, device=device),)
 
     def forward(self, x):
         x = self.linear1(x)
@@ -117,9 +113,7 @@ class QuantizedLinear(torch.nn.Module):
         self.target_dtype = target_dtype
         self.bias = bias
         if target_dtype.is_floating_point:
-            self.qweight = to_affine_quantized_floatx_static(
-                weight, weight_scale, block_size, target_dtype
-            )
+            self.qweight = to_affine_quantized_floatx_static(weight, weight_scale, block_size, target_dtype)
         else:
             self.qweight = to_affine_quantized_intx_static(
                 weight, weight_scale, weight_zero_point, block_size, self.target_dtype
@@ -128,9 +122,7 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, input: torch.Tensor):
         block_size = input.shape
         if self.target_dtype.is_floating_point:
-            qinput = to_affine_quantized_floatx_static(
-                input, self.act_scale, block_size, self.target_dtype
-            )
+            qinput = to_affine_quantized_floatx_static(input, self.act_scale, block_size, self.target_dtype)
         else:
             qinput = to_affine_quantized_intx_static(
                 input,

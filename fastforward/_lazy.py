@@ -19,7 +19,8 @@ def lazy_names(
     Raises:
         ImportError: A submodule is called like the name it defines; once imported, it would hide that name.
     """
-    modules = dict(entry.split("=") if "=" in entry else (entry, f"{package}.{entry}") for entry in submodules)
+    entries = (entry.partition("=") for entry in submodules)
+    modules = {name: module or f"{package}.{name}" for name, _, module in entries}
     hidden = [name for name, module in names.items() if name == module]
     if hidden:
         msg = f"{package}: rename the modules {hidden}: each would hide the public name it defines"

@@ -63,7 +63,9 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_autoquant_knows_neither_modules_nor_quantizers() -> None:
     for path in (PACKAGE / "autoquant").glob("*.py"):
-        assert not [name for name in imports_of(path) if name.startswith(("fastforward.nn", "fastforward.quantization"))]
+        assert not [
+            name for name in imports_of(path) if name.startswith(("fastforward.nn", "fastforward.quantization"))
+        ]
 
 
 def run(code: str) -> str:
@@ -72,7 +74,9 @@ def run(code: str) -> str:
 
 
 def test_importing_the_package_imports_neither_torch_nor_anything_heavy() -> None:
-    code = "import sys, fastforward; print([m for m in ('torch', 'numpy', 'yaml', 'astor', 'triton') if m in sys.modules])"
+    code = (
+        "import sys, fastforward; print([m for m in ('torch', 'numpy', 'yaml', 'astor', 'triton') if m in sys.modules])"
+    )
     assert run(code).strip() == "[]"
 
 

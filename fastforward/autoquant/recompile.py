@@ -179,12 +179,14 @@ class Engine:
         return "helper" if scripted_when_traced or _is_model_code(code.co_filename) else "plain"
 
     def autograd_operator(self, function: type[torch.autograd.Function]) -> Operator:
-        """The operator that a user's ``autograd.Function`` is: its ``forward`` stays whole, because its ``backward`` fits it."""
+        """The operator that a user's ``autograd.Function`` is: its ``forward`` stays whole, as its ``backward`` fits it."""
         known = self._autograd.get(function)
         if known is None:
             parameters = list(inspect.signature(function.forward).parameters.values())
             has_context = function.setup_context is torch.autograd.Function.setup_context
-            operands = [f"{'*' * (p.kind is p.VAR_POSITIONAL)}{p.name}: MaybeQuantized" for p in parameters[has_context:]]
+            operands = [
+                f"{'*' * (p.kind is p.VAR_POSITIONAL)}{p.name}: MaybeQuantized" for p in parameters[has_context:]
+            ]
             spec = f"{function.__name__}({', '.join(operands)}) -> Quantized"
             known = self._autograd[function] = Operator(spec, f"{function.__module__}.{function.__qualname__}.apply")
         return known

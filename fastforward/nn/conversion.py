@@ -195,7 +195,7 @@ def _check_model(model: Any, recursive: bool) -> None:
             raise QuantizationError(msg)
         if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
             # Its class changes in the first call, which would undo the swap.
-            msg = f"{where} ({type(module).__name__}) is lazy: run the model once on example inputs before quantizing it"
+            msg = f"{where} ({type(module).__name__}) is lazy: run the model on example inputs before quantizing it"
             raise QuantizationError(msg)
 
 

@@ -135,7 +135,9 @@ def test_smoothing_moves_the_scale_of_channels_from_input_to_weight() -> None:
     assert torch.allclose(layer(x), float_output, atol=1e-3)
     assert torch.equal(
         layer(x),
-        nn.functional.linear(layer.input_quantizer(x * (1 / layer.smoothing)), layer.weight * layer.smoothing, layer.bias),
+        nn.functional.linear(
+            layer.input_quantizer(x * (1 / layer.smoothing)), layer.weight * layer.smoothing, layer.bias
+        ),
     )
 
 
