@@ -179,7 +179,7 @@ class Engine:
         return "helper" if scripted_when_traced or _is_model_code(code.co_filename) else "plain"
 
     def autograd_operator(self, function: type[torch.autograd.Function]) -> Operator:
-        """The operator that a user's ``autograd.Function`` is: its ``forward`` stays whole, as its ``backward`` fits it."""
+        """The operator that a user's ``autograd.Function`` is: ``forward`` stays whole, as ``backward`` fits it."""
         known = self._autograd.get(function)
         if known is None:
             parameters = list(inspect.signature(function.forward).parameters.values())

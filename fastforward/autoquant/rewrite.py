@@ -199,7 +199,7 @@ def _at(place: ast.AST, node: _Node) -> _Node:
 
 def _scope_attribute(place: ast.AST, name: str, line: int | None = None) -> ast.expr:
     """``_ff.name``. A method call gets the last line of its attribute, so that decides the traceback's line."""
-    node: Any = _at(place, ast.Attribute(_at(place, ast.Name(SCOPE, ast.Load())), name, ast.Load()))
+    node: ast.Attribute = _at(place, ast.Attribute(_at(place, ast.Name(SCOPE, ast.Load())), name, ast.Load()))
     if line is not None or hasattr(node, "lineno"):
         node.end_lineno, node.end_col_offset = line or node.lineno, max(node.col_offset, len(name))
     return node
