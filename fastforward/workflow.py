@@ -92,10 +92,10 @@ def quantize(
         with in_eval_mode(model), eager():
             flow = _Calibration(model, batches, chosen, observer, progress, undo, operator_table).run()
             never = unreached(model, flow)
+            if convert:
+                _convert(model, batches)
             if progress:
                 print(_summary(model, batches, never).summary(chosen.name))
-        if convert:
-            _convert(model, batches)
     except BaseException:
         undo.roll_back()
         raise
@@ -262,9 +262,7 @@ def _summary(model: torch.nn.Module, batches: Batches, never: tuple[str, ...]) -
 def _convert(model: torch.nn.Module, batches: Batches) -> None:
     from fastforward.integer import convert
 
-    example = batches.first
-    with in_eval_mode(model):
-        convert(model, example_inputs=example)
+    convert(model, example_inputs=batches.first)
 
 
 def _warn_unreached(sites: Sequence[str]) -> None:
