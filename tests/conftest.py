@@ -1,7 +1,12 @@
 """What all tests share: one thread each, and the options that choose the slow ones."""
 
+import os
+
 import pytest
 import torch
+
+# Triton decides when it is first imported, by whichever test, whether kernels are interpreted: there is no GPU in CI.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
