@@ -17,7 +17,7 @@ from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.quantizers import all_quantizers
 from fastforward.selection.scheme import REASON
-from fastforward.state_file import read_manifest
+from fastforward.state.file import read_manifest
 
 
 class Block(nn.Module):

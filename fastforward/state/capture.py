@@ -21,7 +21,7 @@ from fastforward.quantization.tensor import QuantizedTensor
 from fastforward.selection.quantizers import all_quantizers
 from fastforward.selection.rules_yaml import encode
 from fastforward.selection.scheme import REASON
-from fastforward.state_manifest import Manifest, SavedInteger, SavedModule, SavedParts, SavedQuantizer
+from fastforward.state.manifest import Manifest, SavedInteger, SavedModule, SavedParts, SavedQuantizer
 
 SMOOTHING = "smoothing"
 """The buffer of a quantized layer that the float layer does not have."""

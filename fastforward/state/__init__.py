@@ -26,13 +26,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
-from fastforward import state_file
 from fastforward.exceptions import FastForwardError, QuantizationWarning, StateError
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.quantizers import all_quantizers
-from fastforward.state_capture import capture, quantized_modules, unwrap
-from fastforward.state_manifest import Manifest, from_json
-from fastforward.state_restore import Restorer
+from fastforward.state import file as state_file
+from fastforward.state.capture import capture, quantized_modules, unwrap
+from fastforward.state.manifest import Manifest, from_json
+from fastforward.state.restore import Restorer
 
 FILE_NAME = "quantization.safetensors"
 _SHOWN = 8

@@ -21,8 +21,8 @@ from fastforward.selection.mpath import FilterResult
 from fastforward.selection.quantizers import all_quantizers
 from fastforward.selection.rules_yaml import decode, quantizer_class
 from fastforward.selection.scheme import REASON
-from fastforward.state_capture import PENDING, float_class, qualified_name, source_hash
-from fastforward.state_manifest import Manifest, SavedInteger, SavedParts, SavedQuantizer
+from fastforward.state.capture import PENDING, float_class, qualified_name, source_hash
+from fastforward.state.manifest import Manifest, SavedInteger, SavedParts, SavedQuantizer
 
 Change = Callable[[], None]
 
