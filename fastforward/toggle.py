@@ -155,11 +155,16 @@ def _wrap_module_call(toggle: Toggle) -> None:
 
 
 def _say_goodbye(toggle: Toggle) -> None:
-    # A worker process that never calls a model has nothing to tell; the program itself has.
-    if toggle.sessions or toggle.left_alone or multiprocessing.parent_process() is None:
+    if toggle.sessions or toggle.left_alone or not _works_for_another_process():
         from fastforward.toggle_summary import summary, write_reports
 
         for session in toggle.sessions:
             session.finish()
         print(summary(toggle.settings, toggle.sessions, toggle.left_alone), file=sys.stderr)
         write_reports(toggle.settings, toggle.sessions)
+
+
+def _works_for_another_process() -> bool:
+    """Whether it is no news that this process called no model: a worker of a program, or ``torchrun`` itself."""
+    agent = "torch.distributed.elastic.agent.server.local_elastic_agent"
+    return multiprocessing.parent_process() is not None or agent in sys.modules

@@ -22,7 +22,7 @@ def summary(settings: Settings, sessions: Sequence[Session], left_alone: Mapping
     parts = [_describe(session) for session in sessions]
     parts += [f"{name} stays float ({reason})" for name, reason in left_alone.items()]
     if not parts:
-        parts = ["nothing was quantized: no module with a quantizable parameter was called"]
+        parts = ["nothing was quantized: no module with a quantizable parameter was called in this process"]
     return f"fastforward: {settings.scheme}: {'; '.join(parts)}"
 
 

@@ -119,6 +119,7 @@ def test_torchrun_with_two_ranks_tracks_the_same_ranges(regular: Environment, tm
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = regular.run(*launcher, "train.py", cwd=tmp_path, variables=ON)
     assert states(done.stdout) == [f"{QUANTIZED} True True"] * 2, done.stderr
+    assert done.stderr.count("fastforward: w8a8") == 2, "the launcher itself has nothing to say"
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
