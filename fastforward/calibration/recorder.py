@@ -7,11 +7,7 @@ module hooks say whose code is running. Tensors are followed by identity and hel
 import contextlib
 import dataclasses
 import math
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from types import FrameType
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -19,21 +15,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-import fastforward
 from fastforward.autoquant.optable import Operator, OperatorTable, default_table
-from fastforward.autoquant.scope import Scope
 from fastforward.calibration.flow import OUTPUT, Flow, Operand, OperandKind, Site, quantizer_names
+from fastforward.calibration.frames import scopes, user_place
 from fastforward.calibration.macs import multiply_accumulates
-from fastforward.calibration.trace import UNLISTED_MOVES, Trace, fresh, is_parameter, moved, passed, tensors_in
+from fastforward.calibration.torch_calls import bind, find_operator, function_name, functionals_open, moves
+from fastforward.calibration.trace import Trace, fresh, is_parameter, moved, passed, tensors_in
 from fastforward.nn.module import stubs_live
 from fastforward.nn.quantizer import Quantizer, Recorder, recording
 from fastforward.nn.rewritten import RewrittenModule
 
-_SKIPPED_SOURCES = tuple(f"{Path(str(package.__file__)).parent}{os.sep}" for package in (fastforward, torch))
 # `W @ x`: rows of the first factor become the output's channels, as columns of the second do in the table.
 _ROWS_OF_FIRST = {"matmul": "input", "mm": "input", "bmm": "input", "addmm": "mat1", "baddbmm": "batch1"}
-# C functions below Python ones of the table, whose arguments come in another order.
-_C_ORDER = {torch.embedding: ("weight", "input"), torch.embedding_bag: ("weight", "input")}
 _QUERIES = frozenset({"is_same_size", "data_ptr", "storage_offset", "grad", "_version", "__set__", "backward"})
 
 
@@ -90,7 +83,7 @@ class FlowRecorder(TorchFunctionMode):
             if self._live:
                 stack.enter_context(stubs_live(self._model))
             stack.enter_context(recording(self))
-            stack.enter_context(_functionals_open())
+            stack.enter_context(functionals_open())
             before = torch.nn.modules.module.register_module_forward_pre_hook(self._enter_module)
             stack.callback(before.remove)
             after = torch.nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True)
@@ -164,14 +157,14 @@ class FlowRecorder(TorchFunctionMode):
         owner = next((module for module in reversed(self._stack) if not isinstance(module, Quantizer)), None)
         if owner is not None and not isinstance(owner, RewrittenModule):
             return owner
-        return next(_scopes(), owner)
+        return next(scopes(), owner)
 
     def _alive(self) -> Callable[[object], bool]:
         running: set[int] = set()
 
         def alive(context: object) -> bool:
             if not running:
-                running.update(id(scope) for scope in _scopes())
+                running.update(id(scope) for scope in scopes())
                 running.update(id(module) for module in self._stack)
             return id(context) in running
 
@@ -190,7 +183,7 @@ class FlowRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._hidden:
             return func(*args, **kwargs)
-        name = _name(func)
+        name = function_name(func)
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         before = self._trace(args[0]) if writes and args and isinstance(args[0], Tensor) else None
         result = func(*args, **kwargs)
@@ -202,9 +195,9 @@ class FlowRecorder(TorchFunctionMode):
         return result
 
     def _note(self, func: Any, name: str, args: Any, kwargs: Any, outs: list[Tensor], before: Trace | None) -> None:
-        operator = self._operator(func, name)
+        operator = find_operator(self._table, func, name)
         source = args[0] if args and isinstance(args[0], Tensor) else None
-        if source is not None and before is None and self._moves(operator, name, args, kwargs):
+        if source is not None and before is None and moves(operator, name, args, kwargs):
             trace = self._trace(source)
             for out in outs:
                 if out is not source:
@@ -214,11 +207,6 @@ class FlowRecorder(TorchFunctionMode):
         if not inputs or (operator is not None and operator.kind == "move" and self._joined(inputs, outs)):
             return
         self._computed(func, operator, name, args, kwargs, inputs, outs)
-
-    def _moves(self, operator: Operator | None, name: str, args: Any, kwargs: Any) -> bool:
-        if name in ("dropout", "alpha_dropout", "feature_dropout", "native_dropout"):
-            return not (kwargs.get("train", kwargs.get("training", args[2] if len(args) > 2 else True)))
-        return name in UNLISTED_MOVES or (operator is not None and operator.kind == "move")
 
     def _joined(self, inputs: list[Tensor], outs: list[Tensor]) -> bool:
         """Whether a movement of several tensors (stack, broadcast) took all of them from one quantizer."""
@@ -235,7 +223,7 @@ class FlowRecorder(TorchFunctionMode):
         self, func: Any, operator: Operator | None, name: str, args: Any, kwargs: Any,
         inputs: list[Tensor], outs: list[Tensor],
     ) -> None:  # fmt: skip
-        arguments = _bind(operator, func, name, args, kwargs) if operator is not None else {}
+        arguments = bind(operator, func, name, args, kwargs) if operator is not None else {}
         operands, traces = self._operands_of(operator, arguments)
         label = operator.identifier if operator is not None else name
         site = self._site(label, self._module_path(), operands, tuple(id(q) for _, q in operands))
@@ -292,17 +280,8 @@ class FlowRecorder(TorchFunctionMode):
         channel_axis = None if followed < 0 else followed
         return Operand(argument, kind, None, active, channel_axis, passage.shape, trace.producer, direct), quantizer
 
-    def _operator(self, func: Any, name: str) -> Operator | None:
-        if func in _C_ORDER:
-            return self._table.find_name(f"torch.nn.functional.{name}")
-        found = self._table.find_callable(func)
-        if found is None and name.startswith("__"):
-            plain = name.strip("_")
-            found = self._table.find_method(plain) or self._table.find_method(plain.removeprefix("r"))
-        return found or self._table.find_method(name)
-
     def _site(self, operator: str, module: str, operands: Any, quantizers: tuple[int, ...]) -> Site:
-        file, line = _user_place()
+        file, line = user_place()
         key = operator, module, file, line, quantizers
         known = self._sites.get(key)
         if known is None:
@@ -336,78 +315,3 @@ class FlowRecorder(TorchFunctionMode):
             if quantizer in names:
                 groups.setdefault(frozenset(values), set()).add(names[quantizer])
         return [frozenset(group) for group in groups.values() if len(group) > 1]
-
-
-def _name(func: Any) -> str:
-    """The name of a torch function; for an attribute of a tensor, the attribute's."""
-    name: str = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", name)
-    return name
-
-
-def _bind(operator: Operator, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by the names of the operator's schema; those of a variadic parameter as a list."""
-    if func in _C_ORDER:
-        return {**dict(zip(_C_ORDER[func], args, strict=False)), **kwargs}
-    if name.startswith("__r") and len(args) == 2:
-        args = args[::-1]
-    bound: dict[str, Any] = {}
-    for index, value in enumerate(args):
-        parameter = operator.parameter_at(index)
-        if parameter is None:
-            continue
-        if parameter.variadic:
-            bound.setdefault(parameter.name, []).append(value)
-        else:
-            bound[parameter.name] = value
-    return {**bound, **kwargs}
-
-
-def _user_place() -> tuple[str | None, int | None]:
-    """File and line of the innermost code that belongs neither to torch nor to FastForward."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_SKIPPED_SOURCES) and not file.startswith("<"):
-            return file, frame.f_lineno
-        frame = frame.f_back
-    return None, None
-
-
-def _scopes() -> Iterator[object]:
-    """The scopes of the rewritten functions that are running, innermost first."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if "_ff" in frame.f_code.co_varnames or "_ff" in frame.f_code.co_freevars:
-            scope = frame.f_locals.get("_ff")
-            if isinstance(scope, Scope):
-                yield scope
-        frame = frame.f_back
-
-
-def _no_subclass(args: Iterable[Any]) -> bool:
-    """As ``has_torch_function``, but blind to modes."""
-    return any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
-
-
-@contextlib.contextmanager
-def _functionals_open() -> Iterator[None]:
-    """Let a mode look into the Python functions of ``torch.nn.functional``.
-
-    Each of them begins by asking whether some mode wants the call as a whole, and hands it the original function if so:
-    the products inside would go unseen, and a rewritten copy of the function would be left for the original.
-    """
-    namespace = vars(torch.nn.functional)
-    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    kept = {name: namespace[name] for name in names if name in namespace}
-    replaced = {
-        "has_torch_function": _no_subclass,
-        "has_torch_function_unary": lambda arg: _no_subclass((arg,)),
-        "has_torch_function_variadic": lambda *args: _no_subclass(args),
-    }
-    namespace.update({name: replaced[name] for name in kept})
-    try:
-        yield
-    finally:
-        namespace.update(kept)
