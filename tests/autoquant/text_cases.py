@@ -190,6 +190,38 @@ class Order(nn.Module):
         return z + (logged("f", 1) if logged("g", True) else logged("h", 2)) * scale(logged("i", x)).sum()
 
 
+def traced(name, x):
+    LOG.append(name)
+    return x * 2
+
+
+class Unreached(nn.Module):
+    """Calls that must not move in front of the statement: not evaluated, evaluated later, or evaluated often."""
+
+    def forward(self, x):
+        LOG.clear()
+        y = traced("not taken", x) + 1 if x.sum() > 1e9 else traced("taken", x) + 1
+        short = x.sum() > 1e9 and traced("skipped", x) + 1
+        parts = [traced("each", part) + 1 for part in x]
+        late = x[logged("first", 0)] + traced("second", x)
+        return y + parts[0] + late + int(short)
+
+
+class Plain(nn.Module):
+    def prepare(self, x):
+        return x
+
+
+class SuperStays(Plain):
+    """`super()` reaches a method without operators, so the call is written as it is, in a class with other bases."""
+
+    def prepare(self, x):
+        return None
+
+    def forward(self, x):
+        return super().prepare(x) * 2
+
+
 class Helpers(nn.Module):
     def forward(self, x):
         return scale(scale(x)) + imported_scale(x) + text_helpers.shifted(x, FACTOR) + math.pi
@@ -290,6 +322,6 @@ class Recurrent(nn.Module):
 
 CASES = [
     Base, Super, Inherited, Methods, Property, Closure, Comprehension, Control, Match, With, InPlace, Walrus, Chained,
-    Order, Helpers, Recursion, Generator, Variadic, Decorated, Lists, ListArgument, TensorMethods, Functionals, LocalImport,
+    Order, Unreached, SuperStays, Helpers, Recursion, Generator, Variadic, Decorated, Lists, ListArgument, TensorMethods, Functionals, LocalImport,
     Outer.Nested, Parent, Recurrent,
 ]  # fmt: skip
