@@ -1,15 +1,18 @@
 """WeightOnlyLinear: integer weights and floating activations, for decoding one token at a time.
 
 There the time goes into reading the weight, so fewer bytes per weight are what counts. An int8 weight is multiplied by
-the activation split into three signed 8-bit digits, which together hold every float32 value to its own rounding; an
-int4 weight by torch's grouped int4 kernel.
+the activation split into three signed 8-bit digits, which together hold every float32 value to its own rounding. An
+int4 weight goes to torch's grouped int4 kernel, which is fast in bfloat16 only: activations, scales and results are
+rounded to it, a hundredth of what four bits cost.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
+from fastforward.integer import onednn
 from fastforward.integer.layer import become, successor
 from fastforward.integer.weights import integer_weight, require_integer
 from fastforward.nn.linear import QuantizedLinear
@@ -19,18 +22,15 @@ from fastforward.quantization import affine
 
 DIGITS = 3
 DIGIT_BASE = 254.0
-# With more rows the product is no longer bound by reading the weight, and a float product of the same weight wins.
-DECODE_ROWS = 4
 GROUPS = (256, 128, 64, 32)
 
 
 class WeightOnlyLinear(torch.nn.Linear):
     """``y = x W^T + b`` with an int8 or int4 weight.
 
-    Buffers: for 8 bits ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``);
-    for 4 bits ``weight_int4`` (``[out_features, in_features / 2]``, in the order of torch's kernel) and
-    ``weight_scale`` (``[in_features / group, out_features, 2]``: scale, and the real value of integer zero). Scales
-    are float32.
+    Buffers: for 8 bits ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``,
+    float32); for 4 bits ``weight_int4`` (``[out_features, in_features / 2]``, in the order of torch's kernel) and
+    ``weight_scale`` (``[in_features / group, out_features, 2]``, bfloat16: scale, and the real value of integer zero).
     """
 
     holds_integers = True
@@ -39,6 +39,7 @@ class WeightOnlyLinear(torch.nn.Linear):
     weight_scale: torch.Tensor
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
     group: int
+    _packed: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "WeightOnlyLinear":
@@ -63,6 +64,11 @@ class WeightOnlyLinear(torch.nn.Linear):
         if bias is not self.bias:
             self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
         self.group = group
+        self._packed = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
+        return {**self.__dict__, "_packed": None}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
@@ -73,10 +79,35 @@ class WeightOnlyLinear(torch.nn.Linear):
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if self.group:
-            return torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group, self.weight_scale)
-        if rows.shape[0] <= DECODE_ROWS:
-            return multiply_digits(rows, self.weight_int8, self.weight_scale)
-        return torch.nn.functional.linear(rows, self.weight_int8.float()).mul_(self.weight_scale)
+            narrow = rows.to(torch.bfloat16)
+            return torch._weight_int4pack_mm_for_cpu(narrow, self.weight_int4, self.group, self.weight_scale).float()
+        if torch.compiler.is_compiling() or not onednn.has_onednn():
+            return multiply_digits(rows, lambda codes: torch._int_mm(codes, self.weight_int8.t()) * self.weight_scale)
+        return multiply_digits(rows, self._onednn)
+
+    def _onednn(self, digits: torch.Tensor) -> torch.Tensor:
+        """Multiply int8 digits; oneDNN wants them unsigned, and the bias takes back what that adds."""
+        if self._packed is None:
+            offset = self.weight_int8.sum(1, dtype=torch.float64) * self.weight_scale.double() * -128
+            self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None), offset.float()
+        packed, offset = self._packed
+        zeros = onednn._zeros(self.out_features)
+        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            digits.view(torch.uint8) ^ 128,
+            1.0,
+            0,
+            packed,
+            self.weight_scale,
+            zeros,
+            offset,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return product
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -85,10 +116,10 @@ class WeightOnlyLinear(torch.nn.Linear):
         return self._product(torch.eye(self.in_features)).t() if kept is None else kept
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightOnlyLinear":
-        """Move with the model; scales stay float32."""
-        scale = self.weight_scale
+        """Move with the model; scales keep their type."""
+        scale, self._packed = self.weight_scale, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != torch.float32:
+        if self.weight_scale.dtype != scale.dtype:
             self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
         return self
 
@@ -141,8 +172,8 @@ def require_weight_only(layer: QuantizedLinear) -> None:
         require_integer(quantizer, layer.weight.shape)
 
 
-def multiply_digits(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x [m, k]`` float32 times int8 ``weight [n, k]`` with one scale per row, as an integer product."""
+def multiply_digits(x: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``x [m, k]`` float32 times a matrix, given how to multiply int8 ``[rows, k]`` by it."""
     rows = x.shape[0]
     step = (x.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     rest, digits = x / step, []
@@ -150,11 +181,11 @@ def multiply_digits(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) 
         digit = torch.round(rest)
         digits.append(digit.to(torch.int8))
         rest = (rest - digit) * DIGIT_BASE
-    products = torch._int_mm(torch.cat(digits), weight.t()).view(DIGITS, rows, -1)
-    total = products[0].float()
+    products = multiply(torch.cat(digits)).view(DIGITS, rows, -1)
+    total = products[0]
     for place in range(1, DIGITS):
-        total.add_(products[place], alpha=DIGIT_BASE**-place)
-    return total.mul_(step).mul_(scale)
+        total = total.add(products[place], alpha=DIGIT_BASE**-place)
+    return total.mul_(step)
 
 
 def _is_int4(quantizer: Any) -> bool:
@@ -186,7 +217,10 @@ def _int4(quantizer: LinearQuantizer, weight: torch.Tensor) -> dict[str, torch.T
     )
     packed = torch._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32) + 8, 1)
     scale, zero = (_per_group(parameter.float(), n, k // group) for parameter in parameters)
-    return {"weight_int4": packed, "weight_scale": torch.stack((scale, -zero * scale), -1).transpose(0, 1).contiguous()}
+    return {
+        "weight_int4": packed,
+        "weight_scale": torch.stack((scale, -zero * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous(),
+    }
 
 
 def _per_group(parameter: torch.Tensor, n: int, groups: int) -> torch.Tensor:

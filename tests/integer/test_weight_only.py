@@ -45,8 +45,12 @@ def test_output_equals_simulation(name: str, rows: int) -> None:
     weight = model[0].weight_quantizer(model[0].weight)
     ff.convert(model)
     assert type(model[0]) is WeightOnlyLinear
-    assert close(expected, outputs(model, example))
-    assert torch.allclose(model[0].weight, weight, atol=1e-5)
+    actual = outputs(model, example)
+    if model[0].group:  # torch's int4 kernel computes in bfloat16
+        assert torch.allclose(expected, actual, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+    else:
+        assert close(expected, actual)
+    assert torch.allclose(model[0].weight, weight, atol=1e-3 if model[0].group else 1e-5)
     assert "weight only" in str(ff.integer.explain(model))
 
 
@@ -65,8 +69,12 @@ def test_digits_hold_a_float() -> None:
     x[1, :10] = 0
     weight = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
     exact = x.double() @ weight.double().t()
-    assert (multiply_digits(x, weight, torch.ones(32)) - exact).abs().max() <= 1e-5 * exact.abs().max()
-    assert torch.equal(multiply_digits(torch.zeros(1, 64), weight, torch.ones(32)), torch.zeros(1, 32))
+
+    def multiply(digits: torch.Tensor) -> torch.Tensor:
+        return torch._int_mm(digits, weight.t()).float()
+
+    assert (multiply_digits(x, multiply) - exact).abs().max() <= 1e-6 * exact.abs().max()
+    assert torch.equal(multiply_digits(torch.zeros(1, 64), multiply), torch.zeros(1, 32))
 
 
 def test_groups_of_an_odd_size_stay_simulated_and_say_why() -> None:
