@@ -123,8 +123,8 @@ def of_type(cls: Any) -> Kind:
     if origin is not None:
         name = getattr(origin, "__name__", None) or getattr(origin, "_name", None) or ""
         return _of_generic(name, list(typing.get_args(cls)), of_type)
-    if not isinstance(cls, type):
-        return Kind.MAYBE
+    if not isinstance(cls, type) or cls is Any or getattr(cls, "_is_protocol", False):
+        return Kind.MAYBE  # since Python 3.11, `Any` is a class
     if cls.__module__ in ("builtins", "torch", "typing"):
         known = _BY_NAME.get(cls.__name__)
         if known is not None:
