@@ -10,11 +10,12 @@ The rule, for every operator of the table: each operand must be governed by a qu
 """
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 from fastforward.autoquant import sites as roles
+from fastforward.autoquant.frames import Definition, Frame, Use, parameter_called, parameters, scan, works_in_place
 from fastforward.autoquant.liveness import Liveness
 from fastforward.autoquant.optable import Operator, OperatorTable
 from fastforward.autoquant.schema import Parameter
@@ -32,8 +33,8 @@ _PLAIN_METHODS = frozenset(
     append extend insert items keys values startswith endswith format join lower upper strip replace get pop update
     setdefault index count sort reverse clear is_floating_point is_complex bool int long cpu cuda
     new_zeros new_ones new_full new_empty new_tensor requires_grad_ zero_ fill_ copy_ uniform_ normal_
-    named_parameters named_modules named_children parameters modules children _getframe currentframe warn register_buffer register_forward_hook
-    warning warning_once info debug error
+    named_parameters named_modules named_children parameters modules children register_buffer register_forward_hook
+    warn warning warning_once info debug error _getframe currentframe
     """.split()  # noqa: SIM905 - one word a method reads better than a column of strings
 )
 # Tensor methods that only move data and that no ordinary object has: left as they are, whatever the receiver is called.
@@ -43,32 +44,6 @@ _MOVE_METHODS = frozenset(
     type_as to chunk unbind movedim swapaxes narrow t float half bfloat16 double
     """.split()  # noqa: SIM905
 )
-
-
-class Definition(NamedTuple):
-    """One binding of a local name: where, and the expression it is bound to (``None`` when that is not one)."""
-
-    node: ast.AST
-    value: ast.expr | None
-
-
-class Use(NamedTuple):
-    """The first operator that reads a name, and by which of its parameters."""
-
-    operator: str
-    argument: str
-
-
-@dataclass
-class Frame:
-    """One function scope: its names, how they are bound, and which of them operators read."""
-
-    node: FunctionNode
-    locals: set[str] = field(default_factory=set)
-    inline_only: set[str] = field(default_factory=set)
-    definitions: dict[str, list[Definition]] = field(default_factory=dict)
-    operands: dict[str, Use] = field(default_factory=dict)
-    reads: set[int] = field(default_factory=set)
 
 
 class CallMark(NamedTuple):
@@ -153,11 +128,11 @@ class _Marker:
         """Mark ``node``'s body in a frame of its own."""
         frame = Frame(node)
         arguments = node.args
-        for argument in _parameters(arguments):
+        for argument in parameters(arguments):
             frame.locals.add(argument.arg)
             frame.definitions.setdefault(argument.arg, []).append(Definition(arguments, None))
         body = node.body if isinstance(node.body, list) else [node.body]
-        _scan(body, frame)
+        scan(body, frame)
         if isinstance(node, ast.Lambda):
             frame.inline_only |= frame.locals
         self.frames.append(frame)
@@ -367,14 +342,14 @@ class _Marker:
         value = callee.value
         if not isinstance(value, ast.Name):
             return False
-        first = next(iter(_parameters(self.frames[0].node.args)), None)
+        first = next(iter(parameters(self.frames[0].node.args)), None)
         return first is not None and value.id == first.arg and value.id in ("self", "cls", "module")
 
     # -------------------------------------------------------------- operands and outputs
     def operands(self, node: ast.Call, operator: Operator, method: bool) -> None:
         """Mark every quantized operand of a call."""
         positional = [node.func.value] if method and isinstance(node.func, ast.Attribute) else []
-        changed = node.args[0] if _works_in_place(node) else None  # a copy would be changed instead
+        changed = node.args[0] if works_in_place(node) else None  # a copy would be changed instead
         numbered = enumerate([*positional, *node.args])
         pairs = [(expression, p) for n, expression in numbered if (p := operator.parameter_at(n)) is not None]
         by_name = {parameter.name: parameter for parameter in operator.parameters}
@@ -459,7 +434,7 @@ class _Marker:
     def output(self, node: ast.expr, operator: Operator) -> Site | None:
         """Give the result of an operator its quantizer."""
         site = None
-        if isinstance(node, ast.Call) and _works_in_place(node):
+        if isinstance(node, ast.Call) and works_in_place(node):
             self.marks.outputs[id(node)] = None
             self.marks.keep.append(node)
             return None
@@ -509,26 +484,12 @@ class _Marker:
                 self.marks.inline[id(value)] = self.site(name, _role(value, use), use, value)
                 self.marks.keep.append(value)
             return
-        place = node if not isinstance(node, ast.arguments) else _parameter(node, name)
+        place = node if not isinstance(node, ast.arguments) else parameter_called(node, name)
         if isinstance(place, ast.arg) and not self.context.may_be_tensor(ast.Name(name, ast.Load())):
             return
         site = self.site(name, roles.INPUT, use, place if hasattr(place, "lineno") else frame.node)
         self.marks.rebind.setdefault(id(node), []).append((name, site))
         self.marks.keep.append(node)
-
-
-def _parameters(arguments: ast.arguments) -> Iterator[ast.arg]:
-    yield from arguments.posonlyargs
-    yield from arguments.args
-    if arguments.vararg:
-        yield arguments.vararg
-    yield from arguments.kwonlyargs
-    if arguments.kwarg:
-        yield arguments.kwarg
-
-
-def _parameter(arguments: ast.arguments, name: str) -> ast.AST:
-    return next(argument for argument in _parameters(arguments) if argument.arg == name)
 
 
 def _hashable(value: Any) -> bool:
@@ -551,84 +512,3 @@ def _role(expression: ast.expr, use: Use) -> str:
     if use.argument in ("weight", "bias"):
         return f"{roles.PARAMETER}/{use.argument}"
     return roles.PARAMETER
-
-
-def _scan(body: list[Any], frame: Frame) -> None:
-    """Collect the local names of a function body, and those that must not be rebound to a quantized copy."""
-    for child in body:
-        _scan_node(child, frame)
-
-
-def _scan_node(node: ast.AST, frame: Frame) -> None:
-    if isinstance(node, ast.Name):
-        if not isinstance(node.ctx, ast.Load):
-            frame.locals.add(node.id)
-        return
-    if isinstance(node, (ast.Global, ast.Nonlocal)):
-        frame.inline_only.update(node.names)
-    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        frame.locals.add(node.name)
-        frame.inline_only.update(
-            name for inner in ast.walk(node) if isinstance(inner, ast.Nonlocal) for name in inner.names
-        )
-        return
-    elif isinstance(node, ast.Lambda):
-        return
-    elif isinstance(node, ast.comprehension):
-        frame.inline_only.update(inner.id for inner in ast.walk(node.target) if isinstance(inner, ast.Name))
-    elif isinstance(node, ast.AugAssign):
-        frame.inline_only.update(_changed(node.target))
-    elif isinstance(node, (ast.Assign, ast.Delete)):
-        for target in node.targets:
-            if isinstance(target, ast.Subscript):
-                frame.inline_only.update(_changed(target))
-    elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
-        frame.locals.add(node.name)
-        frame.inline_only.add(node.name)
-    elif isinstance(node, ast.MatchMapping) and node.rest:
-        frame.locals.add(node.rest)
-        frame.inline_only.add(node.rest)
-    elif isinstance(node, (ast.Import, ast.ImportFrom)):
-        frame.locals.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
-    elif isinstance(node, ast.Call):
-        frame.inline_only.update(_changed_by_call(node))
-    elif isinstance(node, ast.Compare):
-        frame.inline_only.update(_identified(node))
-    for child in ast.iter_child_nodes(node):
-        _scan_node(child, frame)
-
-
-def _changed(target: ast.expr) -> set[str]:
-    """The name whose object an assignment to ``target`` changes."""
-    while isinstance(target, (ast.Subscript, ast.Attribute)):
-        target = target.value
-    return {target.id} if isinstance(target, ast.Name) else set()
-
-
-def _identified(node: ast.Compare) -> set[str]:
-    """Names compared by identity with each other (``if key is value:``): quantized copies would compare differently."""
-    if not any(isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops):
-        return set()
-    sides = [node.left, *node.comparators]
-    names = {side.id for side in sides if isinstance(side, ast.Name)}
-    return names if not any(isinstance(side, ast.Constant) for side in sides) else set()
-
-
-def _works_in_place(node: ast.Call) -> bool:
-    """``relu(x, inplace=True)``: the result is the first argument itself."""
-    flags = [keyword.value for keyword in node.keywords if keyword.arg == "inplace"]
-    return bool(flags and node.args) and not (isinstance(flags[0], ast.Constant) and not flags[0].value)
-
-
-def _changed_by_call(node: ast.Call) -> set[str]:
-    """Names whose tensor a call changes: ``x.add_(...)``, ``out=x``, ``relu(x, inplace=True)``."""
-    changed: set[str] = set()
-    callee = node.func
-    if isinstance(callee, ast.Attribute) and callee.attr.endswith("_") and not callee.attr.endswith("__"):
-        changed |= _changed(callee.value)
-    for keyword in node.keywords:
-        if keyword.arg == "out":
-            changed |= _changed(keyword.value)
-        elif keyword.arg == "inplace" and node.args:
-            changed |= _changed(node.args[0])
-    return changed

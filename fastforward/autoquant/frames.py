@@ -1,0 +1,131 @@
+"""The names of one function scope: how they are bound, and which of them must never be rebound to a quantized copy."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fastforward.autoquant.source import FunctionNode
+
+
+class Definition(NamedTuple):
+    """One binding of a local name: where, and the expression it is bound to (``None`` when that is not one)."""
+
+    node: ast.AST
+    value: ast.expr | None
+
+
+class Use(NamedTuple):
+    """The first operator that reads a name, and by which of its parameters."""
+
+    operator: str
+    argument: str
+
+
+@dataclass
+class Frame:
+    """One function scope: its names, how they are bound, and which of them operators read."""
+
+    node: FunctionNode
+    locals: set[str] = field(default_factory=set)
+    inline_only: set[str] = field(default_factory=set)
+    definitions: dict[str, list[Definition]] = field(default_factory=dict)
+    operands: dict[str, Use] = field(default_factory=dict)
+    reads: set[int] = field(default_factory=set)
+
+
+def parameters(arguments: ast.arguments) -> Iterator[ast.arg]:
+    """The parameters of a function, in order."""
+    yield from arguments.posonlyargs
+    yield from arguments.args
+    if arguments.vararg:
+        yield arguments.vararg
+    yield from arguments.kwonlyargs
+    if arguments.kwarg:
+        yield arguments.kwarg
+
+
+def parameter_called(arguments: ast.arguments, name: str) -> ast.AST:
+    """The parameter called ``name``."""
+    return next(argument for argument in parameters(arguments) if argument.arg == name)
+
+
+def scan(body: list[Any], frame: Frame) -> None:
+    """Collect the local names of a function body, and those that must not be rebound to a quantized copy."""
+    for child in body:
+        _scan_node(child, frame)
+
+
+def _scan_node(node: ast.AST, frame: Frame) -> None:
+    if isinstance(node, ast.Name):
+        if not isinstance(node.ctx, ast.Load):
+            frame.locals.add(node.id)
+        return
+    if isinstance(node, (ast.Global, ast.Nonlocal)):
+        frame.inline_only.update(node.names)
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        frame.locals.add(node.name)
+        frame.inline_only.update(
+            name for inner in ast.walk(node) if isinstance(inner, ast.Nonlocal) for name in inner.names
+        )
+        return
+    elif isinstance(node, ast.Lambda):
+        return
+    elif isinstance(node, ast.comprehension):
+        frame.inline_only.update(inner.id for inner in ast.walk(node.target) if isinstance(inner, ast.Name))
+    elif isinstance(node, ast.AugAssign):
+        frame.inline_only.update(_changed(node.target))
+    elif isinstance(node, (ast.Assign, ast.Delete)):
+        for target in node.targets:
+            if isinstance(target, ast.Subscript):
+                frame.inline_only.update(_changed(target))
+    elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+        frame.locals.add(node.name)
+        frame.inline_only.add(node.name)
+    elif isinstance(node, ast.MatchMapping) and node.rest:
+        frame.locals.add(node.rest)
+        frame.inline_only.add(node.rest)
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        frame.locals.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    elif isinstance(node, ast.Call):
+        frame.inline_only.update(_changed_by_call(node))
+    elif isinstance(node, ast.Compare):
+        frame.inline_only.update(_identified(node))
+    for child in ast.iter_child_nodes(node):
+        _scan_node(child, frame)
+
+
+def _changed(target: ast.expr) -> set[str]:
+    """The name whose object an assignment to ``target`` changes."""
+    while isinstance(target, (ast.Subscript, ast.Attribute)):
+        target = target.value
+    return {target.id} if isinstance(target, ast.Name) else set()
+
+
+def _identified(node: ast.Compare) -> set[str]:
+    """Names compared by identity with each other (``if key is value:``): quantized copies would compare differently."""
+    if not any(isinstance(operator, (ast.Is, ast.IsNot)) for operator in node.ops):
+        return set()
+    sides = [node.left, *node.comparators]
+    names = {side.id for side in sides if isinstance(side, ast.Name)}
+    return names if not any(isinstance(side, ast.Constant) for side in sides) else set()
+
+
+def _changed_by_call(node: ast.Call) -> set[str]:
+    """Names whose tensor a call changes: ``x.add_(...)``, ``out=x``, ``relu(x, inplace=True)``."""
+    changed: set[str] = set()
+    callee = node.func
+    if isinstance(callee, ast.Attribute) and callee.attr.endswith("_") and not callee.attr.endswith("__"):
+        changed |= _changed(callee.value)
+    for keyword in node.keywords:
+        if keyword.arg == "out":
+            changed |= _changed(keyword.value)
+        elif keyword.arg == "inplace" and node.args:
+            changed |= _changed(node.args[0])
+    return changed
+
+
+def works_in_place(node: ast.Call) -> bool:
+    """``relu(x, inplace=True)``: the result is the first argument itself."""
+    flags = [keyword.value for keyword in node.keywords if keyword.arg == "inplace"]
+    return bool(flags and node.args) and not (isinstance(flags[0], ast.Constant) and not flags[0].value)
