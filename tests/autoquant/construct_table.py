@@ -95,13 +95,13 @@ CASES: dict[str, str] = {
     "no return": "note('y', x + 1)",
     "return a tuple": "return x, *[x + 1, x * 2], {'a': x - 1}",
     # ---------------------------------------------------------------- expressions
-    "binary operators on tensors": "i = (x * 3).int()\nreturn x + 1, 1 - x, x * x, x / 2, x // 1, x % 2, x ** 2, 2 ** x, x @ self.weight, i & 3, i | 1, i ^ 2, i << 1, i >> 1",
+    "binary operators on tensors": "i = (x * 3).int()\nreturn x + 1, 1 - x, x * x, x / 2, x.detach() // 1, x % 2, x ** 2, 2 ** x, x @ self.weight, i & 3, i | 1, i ^ 2, i << 1, i >> 1",
     "binary operators on integers": "n = x.shape[0]\nreturn n + 1, n - 1, n * 2, n / 2, n // 2, n % 2, n ** 2, n & 1, n | 4, n ^ 3, n << 2, n >> 1, x * n",
     "binary operators on others": "return [1] + [2], (1,) * 2, 'a' + 'b', '%s' % 'c', {1} | {2}, {1: 2} | {3: 4}, True ^ True, b'a' + b'b', x + 0",
     "unary operators": "n = x.shape[0]\nb = x > 0\nreturn -x, +x, ~b, not n, -n, +n, ~n, -(-x)",
     "boolean operators": "f = lambda tag, v: note(tag, v)\ny = f('a', None) or f('b', 0) or f('c', x.shape[0]) or f('d', 9)\nz = f('e', 1) and f('g', '') and f('h', 3)\nreturn y, z, x * 1",
     "comparison chain": "n = x.shape[0]\nreturn note('a', 1) < note('b', n) <= note('c', 3) != note('d', 4), note('e', 3) < note('f', 2) < note('g', 1), x * 1",
-    "comparisons": "y = x\nreturn x > 0, x == y, x != 0, x is y, x is not None, 1 in [1, 2], 'a' not in 'bc', x.shape == (3, 4)",
+    "comparisons": "y = x\nreturn x > 0, x >= 0, x == y, x != 0, x is y, x is not None, 1 in [1, 2], 'a' not in 'bc', x.shape == (3, 4)",
     "conditional expression": "y = note('a', x + 1) if note('c', x.dim() == 2) else note('b', x - 1)\nreturn y * (2 if y is None else 3)",
     "walrus": "if (n := x.shape[0]) > 1 and (y := note('y', x * n)) is not None:\n    return y + (z := n * 2), z\nreturn x",
     "walrus in a comprehension": "ys = [last := x * i for i in range(3) if (k := i) > 0]\nreturn ys, last, k",
@@ -175,13 +175,19 @@ CASES: dict[str, str] = {
     "mixin": "class Mixin:\n    def mixed(self, x):\n        return self.scale(x) + 1\n    def scale(self, x):\n        return x * 3\nclass Base(nn.Module, Mixin):\n    pass\n+++\nreturn self.mixed(x)",
     "module called several times": "def setup(self):\n    self.act = nn.ReLU()\n===\ny = self.act(self.lin(x))\nreturn self.act(self.lin(y) + x)",
     "shared module": "def setup(self):\n    self.a = nn.Sequential(self.lin, nn.ReLU())\n    self.b = nn.ModuleList([self.lin, nn.Linear(4, 4)])\n===\ny = self.a(x)\nfor layer in self.b:\n    y = layer(y)\nreturn y",
-    "containers of modules": "def setup(self):\n    self.d = nn.ModuleDict({'a': nn.Linear(4, 4), 'b': nn.ReLU()})\n    self.p = nn.ParameterList([torch.randn(4, 4)])\n===\ny = x\nfor name, m in self.d.items():\n    y = m(y) + len(name)\nreturn y @ self.p[0], [n for n, _ in self.named_children()], len(list(self.modules()))",
+    "containers of modules": "def setup(self):\n    self.d = nn.ModuleDict({'a': nn.Linear(4, 4), 'b': nn.ReLU()})\n    self.p = nn.ParameterList([torch.randn(4, 4)])\n===\ny = x\nfor name, m in self.d.items():\n    y = m(y) + len(name)\nreturn y @ self.p[0], [n for n, _ in self.named_children()], len(list(self.children()))",
     "parameter read several times": "return F.linear(x, self.weight), x @ self.weight, x * self.weight[0], self.weight.sum()",
     "dropout": "y = self.drop(x)\nz = F.dropout(x, 0.3, self.training)\nreturn y + z + torch.rand_like(x)",
     "buffer changed": "with torch.no_grad():\n    self.count += x.detach().mean(0)\n    self.count.mul_(0.9)\nreturn x * self.count",
     "in place on views": "y = x.clone()\nv = y[0]\nv += 1\ny[:, 1].mul_(2)\nz = y.view(-1)\nz[3] = 7.0\nreturn y, v",
     "in place methods": "y = x.clone()\nz = y.add_(1).mul_(2)\nF.relu(y, inplace=True)\nreturn y, z is y",
     "in place then used": "y = x * 2\ny += 1\nz = y @ self.weight\ny *= 2\nreturn z, y",
+    "helpers that change their argument": (
+        "def add(t):\n    t += 1\n    return t * 2\ndef method(t):\n    t.add_(1)\n    return t * 2\n"
+        "def item(t):\n    t[0] = 5.0\n    return t * 2\ndef flag(t):\n    u = F.relu(t, inplace=True)\n    return u * 2\n---\n"
+        "ys = [x.detach().clone() for _ in range(4)]\nreturn [f(y) for f, y in zip([add, method, item, flag], ys)], ys"
+    ),
+    "order of operands": "return note('a', x) + note('b', x * 2) - note('c', x) @ note('d', self.weight)",
     "out argument": "y = torch.empty(3, 4)\nwith torch.no_grad():\n    torch.add(x, 1, out=y)\nreturn y * 2 + x",
     "setitem": "y = torch.zeros(3, 4)\ny[0] = x[0] * 2\ny[:, 1:3] = x[:, 1:3] + 1\nreturn y",
     "leaf changed under no_grad": "with torch.no_grad():\n    self.weight.mul_(0.5)\nreturn x @ self.weight",

@@ -38,5 +38,7 @@ def test_the_named_models_exist() -> None:
 @pytest.mark.parametrize("name", _parameters())
 def test_text_form(name: str) -> None:
     result = check(registry().entries[name])
-    print(f"{name}: {len(result.rendered)} classes rendered, {result.shared} sites, left out: {result.excluded or 'none'}")
+    print(
+        f"{name}: {len(result.rendered)} classes rendered, {result.shared} sites, left out: {result.excluded or 'none'}"
+    )
     assert not result.differences, "\n".join(result.differences)

@@ -1,0 +1,172 @@
+"""What people do with a module goes on working with its companion: copying, saving, compiling, exporting, tracing."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastforward as ff
+from fastforward.exceptions import QuantizationError
+from fastforward.nn.module import QuantizedModule
+from tests.autoquant.companion_models import Meta, Net, Shared, Slotted
+
+
+def _quantized(model: nn.Module, *inputs: torch.Tensor) -> nn.Module:
+    return ff.quantize(model.eval(), [ff.Call(inputs, {})], progress=False)
+
+
+def _x() -> torch.Tensor:
+    return torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["stubs", "live"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """A rewritten model, with stubs or calibrated."""
+    return ff.quantize_model(Net()).eval() if request.param == "stubs" else _quantized(Net(), _x())
+
+
+def test_deepcopy_is_independent(model: nn.Module) -> None:
+    expected = model(_x())
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(model)
+    assert torch.equal(twin(_x()), expected)
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert torch.equal(model(_x()), expected)
+
+
+def test_pickle_and_torch_save(model: nn.Module) -> None:
+    expected = model(_x())
+    assert torch.equal(pickle.loads(pickle.dumps(model))(_x()), expected)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert isinstance(loaded, QuantizedModule)
+    assert torch.equal(loaded(_x()), expected)
+
+
+def test_loading_in_a_fresh_process(model: nn.Module, tmp_path: Path) -> None:
+    torch.save((model, _x(), model(_x())), tmp_path / "model.pt")
+    code = (
+        f"import torch; model, x, expected = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
+        "assert torch.equal(model(x), expected); print(len(list(model.named_quantizers(skip_stubs=False))))"
+    )
+    environment_path = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {environment_path!r}; {code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_torch_compile_fullgraph(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    expected = model(_x())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(_x()), expected)
+
+
+def test_torch_export(model: nn.Module) -> None:
+    expected = model(_x())
+    program = torch.export.export(model, (_x(),))
+    torch.testing.assert_close(program.module()(_x()), expected)
+
+
+def test_symbolic_trace() -> None:
+    model = ff.quantize_model(Net()).eval()
+    expected = model(_x())
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(_x()), expected)
+
+
+def test_scripting_is_refused(model: nn.Module) -> None:
+    with pytest.raises(QuantizationError, match="torch.compile or torch.export"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(model)
+
+
+def test_dequantize_gives_the_float_model_back(model: nn.Module) -> None:
+    ff.dequantize_model(model)
+    plain = Net().eval()
+    plain.load_state_dict(model.state_dict())
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert model.__dict__.keys() == plain.__dict__.keys()
+    assert torch.equal(model(_x()), plain(_x()))
+
+
+def test_a_float_checkpoint_loads_into_a_quantized_model() -> None:
+    torch.manual_seed(5)
+    checkpoint = Net().state_dict()
+    model = ff.quantize_model(Net()).eval()
+    assert model.state_dict().keys() == checkpoint.keys()
+    model.load_state_dict(checkpoint)
+    live = _quantized(Net(), _x())
+    result = live.load_state_dict(checkpoint, strict=False)
+    assert not result.unexpected_keys
+    assert all("quantizer" in key for key in result.missing_keys)
+    assert torch.equal(live.weight, checkpoint["weight"])
+
+
+@pytest.mark.parametrize("build", [Slotted, Meta, Shared])
+def test_unusual_classes(build: Any) -> None:
+    torch.manual_seed(0)
+    plain = build().eval()
+    model = ff.quantize_model(copy.deepcopy(plain))
+    assert isinstance(model, build)
+    assert type(type(model)) is type(build)
+    assert torch.equal(model(_x()), plain(_x()))
+    assert model(_x()).isfinite().all()
+
+
+def test_a_shared_module_is_swapped_once() -> None:
+    model = ff.quantize_model(Shared())
+    assert model.first is model.second
+    assert model.state_dict().keys() == Shared().state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "parametrize",
+    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm],
+)
+def test_parametrized_modules(parametrize: Any) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(parametrize(nn.Linear(8, 8)), nn.ReLU())
+
+    plain, model = build(), ff.quantize_model(build())
+    assert torch.equal(model(_x()), plain(_x()))
+    live = _quantized(build(), _x())
+    assert {row.mode for row in ff.coverage(live, _x()).rows if row.operator == "linear"} == {"simulated"}
+
+
+def _train(rank: int, world: int, file: str, results: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    model = ff.quantize_model(Net())
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(_x() + rank).sum().backward()
+    results[rank] = model.weight.grad.clone()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_train, args=(2, str(tmp_path / "store"), results), nprocs=2)
+        gradients = dict(results)
+    expected = Net()
+    ((expected(_x()).sum() + expected(_x() + 1).sum()) / 2).backward()
+    torch.testing.assert_close(gradients[0], expected.weight.grad)
+    assert torch.equal(gradients[0], gradients[1])
