@@ -204,6 +204,7 @@ def _rewritten(name: str, raw: Any, engine: Engine, entries: dict[str, MethodEnt
     method = engine.bind(function, entry)
     if "__signature__" not in method.__dict__ and "__wrapped__" not in method.__dict__:
         method.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        method.__wrapped__ = function  # type: ignore[attr-defined]  # tools that read the arguments off the code object (torch.fx) unwrap first
     return property(method, raw.fset, raw.fdel) if isinstance(raw, property) else method
 
 
