@@ -71,10 +71,15 @@ def copy_of_sources(target: Path) -> Path:
 
 
 def make_environment(directory: Path) -> Environment:
-    """Create an environment without pip; a ``.pth`` line adds the packages of the one that runs the tests."""
+    """Create an environment without pip that sees the packages of the one that runs the tests, except our own."""
     venv.create(directory, symlinks=True)
     environment = Environment(directory)
-    (environment.site_packages / "of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    borrowed = directory / "borrowed"
+    borrowed.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "fastforward" not in entry.name:
+            (borrowed / entry.name).symlink_to(entry)
+    (environment.site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
     return environment
 
 
