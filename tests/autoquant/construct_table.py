@@ -270,5 +270,7 @@ def source(case: str) -> str:
 
 def available() -> dict[str, str]:
     """The programs that this Python can compile."""
-    newer = {name: case for version, cases in NEWER.items() if sys.version_info >= version for name, case in cases.items()}
+    newer = {
+        name: case for version, cases in NEWER.items() if sys.version_info >= version for name, case in cases.items()
+    }
     return {name: source(case) for name, case in {**CASES, **newer}.items()}

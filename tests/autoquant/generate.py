@@ -131,7 +131,9 @@ class Program:
             lambda: f"list(pieces({a}, 2))[-1]",
             lambda: f"[v * i for i, v in enumerate([{a}, {self.pick(names)}]) if i][0]",
             lambda: f"functools.reduce(lambda p, q: p + q, [{a}, {self.pick(names)}])",
-            lambda: f"applied({self.pick(['torch.mul', 'torch.add', 'operator.sub'])}, {a}, {self.tensor(depth - 1, names)})",
+            lambda: (
+                f"applied({self.pick(['torch.mul', 'torch.add', 'operator.sub'])}, {a}, {self.tensor(depth - 1, names)})"
+            ),
             lambda: f"ACT[{self.pick(['relu', 'tanh', 'gelu', 'own'])!r}]({a})",
             lambda: f"functools.partial(torch.add, {a}, alpha=2)({self.pick(names)})",
             lambda: f"{a}[:, [1, 0, 2, 3]].reshape(3, 2, 2).flatten(1)",
@@ -178,8 +180,27 @@ class Program:
 
     def statement(self, depth: int) -> Block:
         """One statement; compound ones while ``depth`` lasts."""
-        simple = [self.assign, self.assign, self.rebind, self.unpack, self.own, self.change, self.note, self.counting, self.container]
-        compound = [self.branch, self.loop, self.while_loop, self.attempt, self.manager, self.define, self.match, self.leave]
+        simple = [
+            self.assign,
+            self.assign,
+            self.rebind,
+            self.unpack,
+            self.own,
+            self.change,
+            self.note,
+            self.counting,
+            self.container,
+        ]
+        compound = [
+            self.branch,
+            self.loop,
+            self.while_loop,
+            self.attempt,
+            self.manager,
+            self.define,
+            self.match,
+            self.leave,
+        ]
         options = simple + compound if depth else simple
         if self.in_method:
             options = [*options, self.buffer]
@@ -228,7 +249,11 @@ class Program:
         ]
 
     def note(self, depth: int) -> Block:
-        return [self.pick([f"note('s', {self.tensor(2)})", f"note('n', {self.integer()})", f"assert {self.condition()}, 'no'"])]
+        return [
+            self.pick(
+                [f"note('s', {self.tensor(2)})", f"note('n', {self.integer()})", f"assert {self.condition()}, 'no'"]
+            )
+        ]
 
     def counting(self, depth: int) -> Block:
         if self.integers and self.rng.random() < 0.5:
@@ -241,7 +266,9 @@ class Program:
         name, result = self.fresh("xs"), self.fresh("a")
         lines = [
             f"{name} = [{self.tensor(2)}, {self.tensor(1)}]",
-            self.pick([f"{name}.append({self.tensor(1)})", f"{name}[0] += {self.tensor(1)}", f"{name}[1] = {self.tensor(2)}"]),
+            self.pick(
+                [f"{name}.append({self.tensor(1)})", f"{name}[0] += {self.tensor(1)}", f"{name}[1] = {self.tensor(2)}"]
+            ),
             self.pick([f"{result} = sum({name})", f"{result} = torch.stack({name}).sum(0)", f"{result}, *_ = {name}"]),
         ]
         self.tensors.append(result)
@@ -259,7 +286,11 @@ class Program:
     def loop(self, depth: int) -> Block:
         i, v, out = self.fresh("i"), self.fresh("v"), self.fresh("a")
         start = f"{out} = {self.tensor(1)}"
-        over = self.pick([f"{i}, {v} in enumerate([x, y])", f"{i}, {v} in zip(range(2), [y, x])"]) if "y" in self.tensors else f"{i}, {v} in enumerate([x, x + 1])"
+        over = (
+            self.pick([f"{i}, {v} in enumerate([x, y])", f"{i}, {v} in zip(range(2), [y, x])"])
+            if "y" in self.tensors
+            else f"{i}, {v} in enumerate([x, x + 1])"
+        )
         body = self.inner(1, depth - 1, (v, out), (i,))
         stop, skip = [f"    if {i} == 1:", "        break"], [f"    if {i} == 0:", "        continue"]
         jump: Block = self.rng.choice([[], [], stop, skip])
@@ -274,8 +305,15 @@ class Program:
     def attempt(self, depth: int) -> Block:
         lines = ["try:", *self.inner(1, depth - 1)]
         if self.rng.random() < 0.6:
-            lines += [f"    if {self.condition()}:", f"        raise {self.pick(['Failed', 'ValueError'])}(f'{{x.shape[0]}}')"]
-        lines += [f"except {self.pick(['Failed', '(ValueError, Failed)', 'Exception'])} as error:", "    note('e', str(error))", *self.inner(1, depth - 1)]
+            lines += [
+                f"    if {self.condition()}:",
+                f"        raise {self.pick(['Failed', 'ValueError'])}(f'{{x.shape[0]}}')",
+            ]
+        lines += [
+            f"except {self.pick(['Failed', '(ValueError, Failed)', 'Exception'])} as error:",
+            "    note('e', str(error))",
+            *self.inner(1, depth - 1),
+        ]
         if self.rng.random() < 0.4:
             lines += ["else:", *self.inner(1, depth - 1)]
         if self.rng.random() < 0.4:

@@ -121,4 +121,7 @@ def test_sites_know_their_line() -> None:
     for name, stub in model.named_quantizers(skip_stubs=False):
         if name.startswith("quantizer"):
             assert stub.quant_metadata.file == module.__file__
-            assert any(token in lines[stub.quant_metadata.line - 1] for token in ("*", "+", "def", "return")), (name, Site)
+            assert any(token in lines[stub.quant_metadata.line - 1] for token in ("*", "+", "def", "return")), (
+                name,
+                Site,
+            )

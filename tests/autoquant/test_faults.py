@@ -25,7 +25,9 @@ def _forget(rule: str) -> Callable[[Patch], None]:
     return lambda patch: patch.setattr(frames, rule, lambda *_: set())
 
 
-def _bind_changed(change: Callable[[types.FunctionType, types.FunctionType], types.FunctionType]) -> Callable[[Patch], None]:
+def _bind_changed(
+    change: Callable[[types.FunctionType, types.FunctionType], types.FunctionType],
+) -> Callable[[Patch], None]:
     original = Engine.bind
     return lambda patch: patch.setattr(Engine, "bind", lambda self, f, scope: change(f, original(self, f, scope)))
 
@@ -192,7 +194,11 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], str, Any]] = {
     "a comparison evaluates its middle twice": (_visitor("Compare", _right_to_left), "comparison chain", None),
     "the else of a loop is dropped": (_visitor("For", _emptied("orelse")), "for and else", None),
     "finally is dropped": (_visitor("Try", _emptied("finalbody")), "try and except", None),
-    "handlers are dropped": (_visitor("Try", lambda node: ast.If(ast.Constant(True), node.body, [])), "try and except", None),
+    "handlers are dropped": (
+        _visitor("Try", lambda node: ast.If(ast.Constant(True), node.body, [])),
+        "try and except",
+        None,
+    ),
 }
 
 

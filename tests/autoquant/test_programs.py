@@ -88,7 +88,12 @@ def main(count: int, first: int) -> int:
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line]
         failures += len(lines) + (done.returncode != 0)
-        print(f"programs {start} to {start + size - 1}: {len(lines)} differences", *lines[:5], done.stderr[-500:], flush=True)
+        print(
+            f"programs {start} to {start + size - 1}: {len(lines)} differences",
+            *lines[:5],
+            done.stderr[-500:],
+            flush=True,
+        )
     return failures
 
 
