@@ -95,7 +95,9 @@ class OperandMode(TorchFunctionMode):
         if done:
             self._account(function_name(func), args, kwargs, done)
         elif function_name(func) in _KEEPS_GRID or moves(function_name(func), args, kwargs):
-            sources = [tensor for _, tensor in tensors((args, kwargs)) if tensor.is_floating_point()]
+            # `x.reshape_as(y)` takes its data from x alone.
+            moved = args[:1] if function_name(func).endswith("_as") else (args, kwargs)
+            sources = [tensor for _, tensor in tensors(moved) if tensor.is_floating_point()]
             if sources and all(tensor in self._from_quantizer for tensor in sources):
                 for _, tensor in tensors(result):
                     self._from_quantizer[tensor] = True
