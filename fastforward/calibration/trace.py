@@ -133,7 +133,8 @@ def _axes(
     order = _permutation(name, args[1:], kwargs, source.dim())
     if order is not None:
         return tuple(axes[axis] for axis in order)
-    if name in ("flip", "narrow", "split", "chunk", "tensor_split", "__getitem__", "index_select", "split_with_sizes"):
+    keeps = ("flip", "narrow", "split", "chunk", "tensor_split", "__getitem__", "index_select", "split_with_sizes")
+    if name in keeps and source.dim() == out.dim():  # indexing may add and remove axes
         return axes
     return _matching(axes, tuple(source.shape), tuple(out.shape))
 
