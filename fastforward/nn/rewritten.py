@@ -23,7 +23,6 @@ _SITES = "_ff_sites"
 ADDED = "_ff_added"
 # Methods that prepare a module rather than run it.
 _SETUP = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "init_weights", "extra_repr", "__init__"})
-_TORCH_BASES = tuple(vars(torch.nn.modules.container).values())
 
 
 class RewrittenModule(QuantizedModule, include_in_module_map=False):
