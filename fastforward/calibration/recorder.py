@@ -19,7 +19,7 @@ from fastforward.autoquant.optable import Operator, OperatorTable, default_table
 from fastforward.calibration.flow import OUTPUT, Flow, Operand, OperandKind, Site, quantizer_names
 from fastforward.calibration.frames import scopes, user_place
 from fastforward.calibration.macs import multiply_accumulates
-from fastforward.calibration.torch_calls import bind, find_operator, function_name, functionals_open, moves
+from fastforward.calibration.torch_calls import bind, find_operator, function_name, functionals_open, moves, pads
 from fastforward.calibration.trace import Trace, fresh, is_parameter, moved, passed, tensors_in
 from fastforward.nn.module import stubs_live
 from fastforward.nn.quantizer import Quantizer, Recorder, recording
@@ -235,6 +235,12 @@ class FlowRecorder(TorchFunctionMode):
                 self._listener.operator_ran(site, func, operator, arguments, traces)
         from_parameters = all(self._trace(tensor).parameter for tensor in inputs)
         self._consume(site, inputs)
+        before = self._trace(inputs[0])
+        if before.passages and pads(name, args, kwargs):
+            for out in outs:
+                padded = moved(before, name, args, kwargs, inputs[0], out)
+                self._traces[out] = dataclasses.replace(padded, root=padded.value, producer=site.number)
+            return
         for out in outs:
             trace = self._traces[out] = fresh(parameter=from_parameters, producer=site.number)
             self._unsited[trace.root] = site.number

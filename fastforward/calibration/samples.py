@@ -5,6 +5,7 @@ linear layer a sample of rows, for others the first entries of the batch.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,7 +86,9 @@ class Samples:
             return None
         key = traces["input"].value, limit  # layers that share an input share the sample
         if key not in self._rows:
-            self._rows[key] = _some_rows(x.detach().reshape(-1, x.shape[-1]), limit)
+            shape = math.prod(x.shape[:-1]), x.shape[-1]  # not -1, which says nothing of a tensor without elements
+            rows = x.detach().reshape(shape)
+            self._rows[key] = _some_rows(rows, limit)
         return {**arguments, "input": self._rows[key]}
 
 

@@ -58,6 +58,20 @@ def moves(operator: Operator | None, name: str, args: Any, kwargs: Any) -> bool:
     return name in UNLISTED_MOVES or (operator is not None and operator.kind == "move")
 
 
+def pads(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the call pads with what is on the operand's grid: copies of its values, or zero, which every grid has."""
+    if name == "constant_pad_nd":
+        return _is_zero(kwargs.get("value", args[2] if len(args) > 2 else None))
+    if name != "pad":
+        return name.startswith(("reflection_pad", "replication_pad"))
+    mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
+    return mode != "constant" or _is_zero(kwargs.get("value", args[3] if len(args) > 3 else None))
+
+
+def _is_zero(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and value == 0)
+
+
 def _no_subclass(args: Iterable[Any]) -> bool:
     """As ``has_torch_function``, but blind to modes."""
     return any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)

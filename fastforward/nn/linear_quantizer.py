@@ -70,6 +70,8 @@ class LinearQuantizer(RangeQuantizer):
     def simulate(self, x: Tensor) -> Tensor:
         scale = self.scale
         if scale.numel() == 0:
+            if x.numel() == 0:
+                return x.view_as(x)  # nothing to round: a layer without features never gets a scale per channel
             raise self._uncalibrated()
         if "scale" in self._parameters:
             scale = positive(scale)

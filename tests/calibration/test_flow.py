@@ -9,6 +9,7 @@ from torch import nn
 
 import fastforward as ff
 from fastforward.calibration.flow import OUTPUT, Flow, in_eval_mode, record_flow
+from fastforward.calibration.torch_calls import pads
 
 
 class Tied(nn.Module):
@@ -159,6 +160,45 @@ def test_operators_of_modules_that_were_not_rewritten_are_outside() -> None:
         flow = record_flow(model, lambda: model(torch.randn(5, 6)))
     assert {site.operator for site in flow.outside} == {"softmax", "matmul"}
     assert not any(site.module == "0" for site in flow.outside)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding_between_a_stub_and_the_product_leaves_the_value_governed(mode: str) -> None:
+    layer = nn.Conv1d(3, 2, 3, padding=1, padding_mode=mode)
+    flow = recorded(layer, torch.randn(5, 3, 6))
+    assert [operand.quantizer for site in flow.multiplying for operand in site.operands] == [
+        "input_quantizer",
+        "weight_quantizer",
+    ]
+    assert not flow.outside
+    quantized = ff.quantize(nn.Conv1d(3, 2, 3, padding=1, padding_mode=mode), [torch.randn(5, 3, 6)], progress=False)
+    assert ff.coverage(quantized, torch.randn(5, 3, 6)).share == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs", "expected"),
+    [
+        ("pad", ((1, 1),), {}, True),
+        ("pad", ((1, 1), "constant", 0.0), {}, True),
+        ("pad", ((1, 1), "constant", 0.5), {}, False),
+        ("pad", ((1, 1),), {"value": float("-inf")}, False),
+        ("pad", ((1, 1),), {"mode": "circular"}, True),
+        ("constant_pad_nd", ((1, 1), 0), {}, True),
+        ("constant_pad_nd", ((1, 1), 1.0), {}, False),
+        ("reflection_pad1d", ((1, 1),), {}, True),
+        ("relu", (), {}, False),
+    ],
+)
+def test_padding_stays_on_the_grid_if_it_copies_values_or_adds_zeros(
+    name: str, args: tuple, kwargs: dict, expected: bool
+) -> None:
+    assert pads(name, (torch.zeros(2, 3), *args), kwargs) == expected
+
+
+def test_a_layer_without_input_features_is_recorded_and_calibrated_around() -> None:
+    model = nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 4), nn.Linear(4, 2))
+    quantized = ff.quantize(model, [torch.randn(5, 6)], progress=False)
+    assert quantized(torch.randn(5, 6)).shape == (5, 2)
 
 
 @pytest.mark.parametrize(
