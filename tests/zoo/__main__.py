@@ -1,70 +1,71 @@
-"""``python -m tests.zoo [PART OF A NAME ...]``: one line for each model, and the totals."""
+"""``python -m tests.zoo [PART OF A NAME ...]``: every column of every model whose name holds a part, and the totals.
 
+With ``--results FILE`` each record is appended to the file at once, and what the file holds already is not measured again:
+a sweep can be stopped and taken up, or be shared by several processes with ``--columns``.
+"""
+
+import argparse
+import json
 import sys
 import time
 import warnings
-from collections import Counter
+from pathlib import Path
 
 import torch
 
-from tests.zoo.entry import Entry
-from tests.zoo.multiplied import work
-from tests.zoo.outside import operators_outside
+from tests.zoo.columns import COLUMNS, Record, measured
 from tests.zoo.registry import registry
-from tests.zoo.stubs import check
+from tests.zoo.summary import Records, problems, summary
 
 
-def main(parts: list[str]) -> int:
-    """Check the models whose name holds one of ``parts``; return how many failed."""
+def main(arguments: list[str]) -> int:
+    """Measure, print, and return how many records are not good."""
+    options = _options(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    chosen = [e for e in registry().entries.values() if not parts or any(part in e.name for part in parts)]
-    totals: Counter[str] = Counter()
-    places: Counter[str] = Counter()
-    print(
-        f"{'model':50} {'stubs':11} {'operators':>9} {'outside':>7} {'MACs':>12} {'on int8':>8} {'SQNR':>6} {'time':>6}"
+    known = _read(options.results)
+    names = [n for n in registry().entries if not options.parts or any(part in n for part in options.parts)]
+    for name in [] if options.summary else names:
+        for column in options.columns:
+            done = known.get((name, column))
+            if done is None or (options.failed and not done["good"]):
+                known[name, column] = _measure(name, column, options.results)
+    chosen: Records = {key: record for key, record in known.items() if key[0] in set(names)}
+    print(summary(chosen))
+    print(problems(chosen))
+    return sum(not record["good"] for record in chosen.values())
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description="Check the models of the zoo.")
+    parser.add_argument("parts", nargs="*", help="parts of names; all models without any")
+    parser.add_argument(
+        "--columns", type=lambda names: names.split(","), default=list(COLUMNS), help=", ".join(COLUMNS)
     )
-    for entry in chosen:
-        started = time.perf_counter()
-        try:
-            line, good = _line(entry, totals, places)
-        except Exception as error:  # noqa: BLE001 - one broken model must not hide the others
-            line, good = f"{type(error).__name__}: {error}", False
-        totals["failed"] += not good
-        print(f"{entry.name:50} {line} {time.perf_counter() - started:5.1f}s{'' if good else '  FAILED'}", flush=True)
-    _summary(len(chosen), totals, places)
-    return totals["failed"]
+    parser.add_argument("--results", type=Path, help="a file of records, read and appended to")
+    parser.add_argument("--failed", action="store_true", help="measure again what the file says is not good")
+    parser.add_argument("--summary", action="store_true", help="measure nothing, print what the file says")
+    return parser.parse_args(arguments)
 
 
-def _line(entry: Entry, totals: Counter[str], places: Counter[str]) -> tuple[str, bool]:
-    wrong = check(entry, training=False) + ([] if entry.why_not_train else check(entry, training=True))
-    found = operators_outside(entry)
-    outside = sum(found.outside.values())
-    totals["operators"] += found.total
-    totals["outside"] += outside
-    places.update(found.outside)
-    stubs = "identical" if not wrong else f"{len(wrong)} differ"
-    text = f"{stubs:11} {found.total:9} {outside:7}"
-    if not entry.multiplies:
-        return f"{text} {'-':>12} {'-':>8} {'-':>6}", not wrong
-    done = work(entry)
-    totals["macs"] += done.total
-    totals["quantized"] += done.quantized
-    text = f"{text} {done.total:12} {100 * done.share:7.2f}% {done.sqnr:6.1f}"
-    return "\n".join(
-        [text, *(f"    {p}" for p in wrong[:5] + list(done.floating)[:5])]
-    ), not wrong and done.share == 1 and done.finite
+def _measure(name: str, column: str, results: Path | None) -> Record:
+    started = time.process_time()
+    record = measured(registry().entries[name], column)
+    record["seconds"] = round(time.process_time() - started, 2)
+    shown = "  ".join(f"{key} {value}" for key, value in record.items() if isinstance(value, (int, float, str)))
+    print(f"{name:45} {column:10} {shown}", *record["problems"], sep="\n    ", flush=True)
+    if results is not None:
+        with results.open("a") as file:
+            file.write(json.dumps({"model": name, "column": column, **record}) + "\n")
+    return record
 
 
-def _summary(models: int, totals: Counter[str], places: Counter[str]) -> None:
-    share = 100 * totals["outside"] / max(totals["operators"], 1)
-    on_grid = 100 * totals["quantized"] / max(totals["macs"], 1)
-    print(f"\n{models} models, {totals['failed']} failed")
-    print(f"floating operators: {totals['operators']} ran, {totals['outside']} outside any site ({share:.2f} %)")
-    print(f"multiply-accumulates: {totals['macs']}, {on_grid:.3f} % on quantized operands")
-    for where, count in places.most_common():
-        print(f"  outside: {count:5} x {where}")
+def _read(results: Path | None) -> Records:
+    if results is None or not results.exists():
+        return {}
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    return {(line.pop("model"), line.pop("column")): line for line in lines}
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(min(main(sys.argv[1:]), 125))

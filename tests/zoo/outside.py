@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import fastforward as ff
 from fastforward.autoquant.optable import default_table
+from fastforward.calibration.torch_calls import find_operator
 from fastforward.nn.module import stubs_live
 from fastforward.nn.quantizer import Quantizer, recording
 from tests.zoo.entry import Entry
@@ -64,10 +65,12 @@ class Report:
     Attributes:
         total: Floating operators that ran.
         outside: Those outside any site, by ``file:line operator``.
+        unknown: Those without a row in the operator table, likewise.
     """
 
     total: int = 0
     outside: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
 
     @property
     def share(self) -> float:
@@ -81,6 +84,7 @@ class SiteMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.computed: list[Computed] = []
+        self.unknown: Counter[str] = Counter()
         self._origin: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._governed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -110,6 +114,8 @@ class SiteMode(TorchFunctionMode):
         else:
             computed = Computed(place(), name, governed)
             self.computed.append(computed)
+            if find_operator(default_table(), func, name) is None:
+                self.unknown[f"{computed.place} {name}"] += 1
             for tensor in results:
                 if tensor in self._origin:
                     self._origin[tensor].later = computed
@@ -131,7 +137,7 @@ class SiteMode(TorchFunctionMode):
     def report(self) -> Report:
         """Count what is at no site."""
         outside = Counter(f"{one.place} {one.name}" for one in self.computed if not one.is_at_site())
-        return Report(len(self.computed), outside)
+        return Report(len(self.computed), outside, self.unknown)
 
 
 def operators_outside(entry: Entry, model: torch.nn.Module | None = None) -> Report:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.zoo.registry import registry
-from tests.zoo.text import check
+from tests.zoo.text import EXCLUDED, check
 
 # The spread of every test run: torch's own containers of products, and one or two models of each library.
 SPREAD = (
@@ -15,15 +15,6 @@ SPREAD = (
     "transformers/bert",
     "transformers/t5",
 )
-_RUN_TIME_CLASS = "the class is made at run time and in no module, so a generated file cannot import it"
-_KEYED_BY_NAME = "the library finds what to record by the printed name of the model's class, which is another in text"
-EXCLUDED = {
-    "torch.nn/parametrized Linear": _RUN_TIME_CLASS,
-    "torch.nn/spectral norm": _RUN_TIME_CLASS,
-    "torch.nn/orthogonal Linear": _RUN_TIME_CLASS,
-    "transformers/segformer": _KEYED_BY_NAME,
-    "transformers/dpt": _KEYED_BY_NAME,
-}
 
 
 def _parameters() -> list:

@@ -18,7 +18,7 @@ CLASSIFICATION: dict[str, tuple[Any, dict[str, Any], int]] = {
     "efficientnet_b0": (tv.efficientnet_b0, {}, 32),
     "efficientnet_v2_s": (tv.efficientnet_v2_s, {}, 32),
     "googlenet": (tv.googlenet, {"init_weights": False}, 64),
-    "inception_v3": (tv.inception_v3, {"init_weights": False}, 224),
+    "inception_v3": (tv.inception_v3, {"init_weights": False}, 299),
     "mnasnet0_5": (tv.mnasnet0_5, {}, 32),
     "mobilenet_v2": (tv.mobilenet_v2, {}, 32),
     "mobilenet_v3_small": (tv.mobilenet_v3_small, {}, 32),
