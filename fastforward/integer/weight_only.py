@@ -1,18 +1,17 @@
 """WeightOnlyLinear: integer weights and floating activations, for decoding one token at a time.
 
 There the time goes into reading the weight, so fewer bytes per weight are what counts. An int8 weight is multiplied by
-the activation split into three signed 8-bit digits, which together hold every float32 value to its own rounding. An
+the activation split into three 8-bit digits, which together hold every float32 value to its own rounding. An
 int4 weight goes to torch's grouped int4 kernel, which is fast in bfloat16 only: activations, scales and results are
 rounded to it, a hundredth of what four bits cost.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
-from fastforward.integer import onednn
+from fastforward.integer import digits, onednn
 from fastforward.integer.layer import become, successor
 from fastforward.integer.weights import integer_weight, require_integer
 from fastforward.nn.linear import QuantizedLinear
@@ -20,8 +19,6 @@ from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.operands import quantize_parameter
 from fastforward.quantization import affine
 
-DIGITS = 3
-DIGIT_BASE = 254.0
 GROUPS = (256, 128, 64, 32)
 
 
@@ -72,40 +69,33 @@ class WeightOnlyLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
-        y = self._product(input.detach().reshape(-1, self.in_features).float())
+        y = self._int4(input) if self.group else self._int8(input)
         if self.bias is not None:
             y = y.add_(self.bias.detach())
         return y.view(*input.shape[:-1], self.out_features).to(input.dtype)
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.group:
-            narrow = rows.to(torch.bfloat16)
-            return torch._weight_int4pack_mm_for_cpu(narrow, self.weight_int4, self.group, self.weight_scale).float()
-        if torch.compiler.is_compiling() or not onednn.has_onednn():
-            return multiply_digits(rows, lambda codes: torch._int_mm(codes, self.weight_int8.t()) * self.weight_scale)
-        return multiply_digits(rows, self._onednn)
+    def _int4(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.detach().reshape(-1, self.in_features).to(torch.bfloat16)
+        return torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group, self.weight_scale).float()
 
-    def _onednn(self, digits: torch.Tensor) -> torch.Tensor:
-        """Multiply int8 digits; oneDNN wants them unsigned, and the bias takes back what that adds."""
+    def _int8(self, input: torch.Tensor) -> torch.Tensor:
+        split, step = digits.shared_digits(input)
+        plain = torch.compiler.is_compiling() or not onednn.has_onednn()
+        return digits.multiply(split, step, self._int_mm if plain else self._onednn)
+
+    def _int_mm(self, codes: torch.Tensor) -> torch.Tensor:
+        offset = self.weight_int8.sum(1, dtype=torch.float32) * -digits.CENTER
+        return (torch._int_mm(codes, self.weight_int8.t()) + offset) * self.weight_scale
+
+    def _onednn(self, codes: torch.Tensor) -> torch.Tensor:
+        """Multiply by the packed weight; the bias takes off what the digits of real zero add."""
         if self._packed is None:
-            offset = self.weight_int8.sum(1, dtype=torch.float64) * self.weight_scale.double() * -128
+            offset = self.weight_int8.sum(1, dtype=torch.float64) * self.weight_scale.double() * -digits.CENTER
             self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None), offset.float()
         packed, offset = self._packed
         zeros = onednn._zeros(self.out_features)
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            digits.view(torch.uint8) ^ 128,
-            1.0,
-            0,
-            packed,
-            self.weight_scale,
-            zeros,
-            offset,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+            codes, 1.0, 0, packed, self.weight_scale, zeros, offset, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
 
@@ -113,7 +103,11 @@ class WeightOnlyLinear(torch.nn.Linear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The float weight that the integers stand for, computed now; the original one if it was kept."""
         kept = self._parameters.get("weight")
-        return self._product(torch.eye(self.in_features)).t() if kept is None else kept
+        if kept is not None:
+            return kept
+        if self.group:
+            return self._int4(torch.eye(self.in_features)).t()
+        return self.weight_int8 * self.weight_scale[:, None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightOnlyLinear":
         """Move with the model; scales keep their type."""
@@ -170,22 +164,6 @@ def require_weight_only(layer: QuantizedLinear) -> None:
         _group(quantizer, layer.weight.shape)
     else:
         require_integer(quantizer, layer.weight.shape)
-
-
-def multiply_digits(x: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``x [m, k]`` float32 times a matrix, given how to multiply int8 ``[rows, k]`` by it."""
-    rows = x.shape[0]
-    step = (x.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    rest, digits = x / step, []
-    for _ in range(DIGITS):
-        digit = torch.round(rest)
-        digits.append(digit.to(torch.int8))
-        rest = (rest - digit) * DIGIT_BASE
-    products = multiply(torch.cat(digits)).view(DIGITS, rows, -1)
-    total = products[0]
-    for place in range(1, DIGITS):
-        total = total.add(products[place], alpha=DIGIT_BASE**-place)
-    return total.mul_(step)
 
 
 def _is_int4(quantizer: Any) -> bool:

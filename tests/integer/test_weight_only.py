@@ -7,8 +7,7 @@ import torch
 from calibrated import close, outputs
 
 import fastforward as ff
-from fastforward.integer import WeightOnlyLinear
-from fastforward.integer.weight_only import multiply_digits
+from fastforward.integer import WeightOnlyLinear, digits
 
 nn = torch.nn
 
@@ -63,18 +62,44 @@ def test_weights_take_one_or_half_a_byte(name: str) -> None:
     assert [key for key, _ in model.named_parameters()] == ["0.bias"]
 
 
+def _digits_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x weight^T`` by digits and a plain integer product."""
+    offset = weight.sum(1, dtype=torch.float64) * digits.CENTER
+    return digits.multiply(*digits.digits(x), lambda codes: (codes.double() @ weight.double().t() - offset).float())
+
+
 def test_digits_hold_a_float() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 64) * torch.logspace(-3, 3, 3)[:, None]
     x[1, :10] = 0
     weight = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
     exact = x.double() @ weight.double().t()
+    difference = (_digits_product(x, weight) - exact).abs()
+    assert (difference.amax(1) <= 1e-6 * exact.abs().amax(1)).all(), "each row by its own largest value"
+    assert _digits_product(torch.zeros(1, 64), weight).abs().max() < 1e-25
 
-    def multiply(digits: torch.Tensor) -> torch.Tensor:
-        return torch._int_mm(digits, weight.t()).float()
 
-    assert (multiply_digits(x, multiply) - exact).abs().max() <= 1e-6 * exact.abs().max()
-    assert torch.equal(multiply_digits(torch.zeros(1, 64), multiply), torch.zeros(1, 32))
+@pytest.mark.parametrize("name", ["int8 per channel", "int4 in groups of 128"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so(value: float, name: str) -> None:
+    model = ff.convert(_simulated(*FORMATS[name]))
+    example = torch.randn(3, 256)
+    expected = outputs(model, example)
+    example[1, 5] = value
+    actual = outputs(model, example)
+    assert not actual[1].isfinite().any()
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[2], expected[2])
+
+
+def test_layers_share_the_digits_of_a_tensor_until_it_changes() -> None:
+    first, second = ff.convert(_simulated(*FORMATS["int8 per channel"])), ff.convert(_simulated(8, ff.PerTensor()))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            x = torch.randn(2, 256)
+            first(x)
+            x.mul_(-1)
+            assert torch.equal(second(x), second(x.clone()))
 
 
 def test_groups_of_an_odd_size_stay_simulated_and_say_why() -> None:
