@@ -2,14 +2,15 @@
 
 import ast
 import inspect
+import itertools
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from fastforward.autoquant.helpers import Callee, Graph, Quantizer, SiteKey, TextUnit, defining_class
+from fastforward.autoquant.helpers import Callee, Graph, Quantizer, SiteKey, TextUnit, UnitKey, defining_class, within
 from fastforward.autoquant.imports import Imports, dotted, is_importable
 from fastforward.autoquant.recompile import Engine, may_hold_sites
 from fastforward.autoquant.sites import nested_name
@@ -20,6 +21,10 @@ from fastforward.exceptions import AutoquantError, QuantizationWarning
 _SETUP = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "init_weights", "extra_repr"})
 _QUANTIZER = "fastforward.nn.Quantizer"
 _STUB = "fastforward.nn.QuantizerStub()"
+
+
+StubPath = tuple[str | int | SiteKey, ...]
+"""A method's name and the way from it to a site."""
 
 
 class Method(NamedTuple):
@@ -50,17 +55,23 @@ class ModuleText:
     Args:
         engine: Operator table and patterns.
         use_type_inference: See `Graph`.
-        dropped: Sites that are left out.
+        dropped: For each class, ways to sites that are left out.
     """
 
-    def __init__(self, engine: Engine, use_type_inference: bool = True, dropped: Iterable[SiteKey] = ()) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        use_type_inference: bool = True,
+        dropped: Mapping[type, Collection[StubPath]] = types.MappingProxyType({}),
+    ) -> None:
         self.engine = engine
-        self.graph = Graph(engine, use_type_inference, dropped)
+        self.graph = Graph(engine, use_type_inference)
+        self.dropped = dropped
         self.imports = Imports(frozenset().union(*(rule.names() for rule in engine.patterns)))
         self.classes: dict[str, ast.ClassDef] = {}
-        self.stubs: dict[type, dict[str, SiteKey]] = {}
-        self._functions: dict[tuple[int, type | None], tuple[str, ast.stmt | None]] = {}
-        self._threaded: dict[tuple[int, type | None], TextUnit] = {}
+        self.stubs: dict[type, dict[str, list[StubPath]]] = {}
+        self._functions: dict[UnitKey, tuple[str, ast.stmt | None]] = {}
+        self._threaded: dict[UnitKey, tuple[str, TextUnit]] = {}
         self._direct_names: set[str] = set()
 
     def tree(self) -> ast.Module:
@@ -93,7 +104,7 @@ class ModuleText:
             return None
         base = self.imports.object(cls) if is_importable(cls) else self.imports.reserve(cls.__name__)
         name = self.imports.reserve(f"Quantized{base.rpartition('.')[2]}")
-        self.stubs[cls] = {attribute: quantizer.key for attribute, quantizer in stubs.items()}
+        self.stubs[cls] = _paths(methods)
         self._threaded = {}
         self._direct_names = {method.name for method in methods}
         body: list[ast.stmt] = [_init_quantization(stubs)]
@@ -108,7 +119,7 @@ class ModuleText:
     def _methods(self, cls: type[torch.nn.Module]) -> Iterator[Method]:
         for name, raw in _candidates(cls, self.engine).items():
             try:
-                unit = self.graph.unit(innermost(raw), cls)
+                unit = self.graph.unit(innermost(raw), cls, within(self.dropped.get(cls, ()), name))
             except AutoquantError as error:
                 if name == "forward":
                     raise
@@ -144,14 +155,22 @@ class ModuleText:
         """The copies of methods that take their quantizers from the caller; rendering one may call for more."""
         done: list[ast.stmt] = []
         while len(done) < len(self._threaded):
-            unit = list(self._threaded.values())[len(done)]
-            done.append(self._copy(unit, f"quantized_{unit.function.__name__}"))
+            name, unit = list(self._threaded.values())[len(done)]
+            done.append(self._copy(unit, name))
         return done
+
+    def _threaded_name(self, unit: TextUnit) -> str:
+        """The name of a method's copy; copies that leave out different sites are numbered."""
+        key = id(unit.function.__code__), unit.owner, unit.dropped
+        if key not in self._threaded:
+            name, taken = f"quantized_{unit.function.__name__}", {name for name, _ in self._threaded.values()}
+            self._threaded[key] = _unused(name, taken), unit
+        return self._threaded[key][0]
 
     # ------------------------------------------------------------------ functions
     def _function(self, unit: TextUnit, name: str) -> str:
         """The module-level quantized form of a function or of a parent's method."""
-        key = id(unit.function.__code__), unit.owner
+        key = id(unit.function.__code__), unit.owner, unit.dropped
         if key not in self._functions:
             text_name = self.imports.reserve(f"quantized_{name}")
             self._functions[key] = text_name, None
@@ -183,12 +202,25 @@ class ModuleText:
         if callee.how == "method":
             if direct == "forward" and not callee.path and not callee.recursive and name in self._direct_names:
                 return None  # the method takes its quantizers from the instance, under the same names
-            self._threaded[id(callee.unit.function.__code__), callee.unit.owner] = callee.unit
-            return ast.Attribute(ast.Name(caller.self_name, ast.Load()), f"quantized_{name}", ast.Load())
+            return ast.Attribute(ast.Name(caller.self_name, ast.Load()), self._threaded_name(callee.unit), ast.Load())
         if callee.how == "super":
             cls = defining_class(callee.unit)
             name = f"{cls.__name__}_{name}" if cls is not None else name
         return ast.Name(self._function(callee.unit, name), ast.Load())
+
+
+def _paths(methods: Collection[Method]) -> dict[str, list[StubPath]]:
+    """For each attribute that holds a stub, the ways to the sites that it serves."""
+    found: dict[str, list[StubPath]] = {}
+    for method in methods:
+        for attribute, quantizer in method.stubs():
+            found.setdefault(attribute, []).append((method.name, *quantizer.path))
+    return found
+
+
+def _unused(name: str, taken: Collection[str]) -> str:
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def make_standalone_expression(node: ast.expr, unit: TextUnit, imports: Imports) -> ast.expr:

@@ -11,16 +11,15 @@ import torch
 
 import fastforward
 from fastforward.autoquant.annotation_check import wrong_annotations
-from fastforward.autoquant.classtext import ModuleText
-from fastforward.autoquant.helpers import SiteKey
+from fastforward.autoquant.classtext import ModuleText, StubPath
 from fastforward.autoquant.render import render
 from fastforward.exceptions import QuantizationWarning
 
 
 def sites_without_tensors(
     module: torch.nn.Module, text: ModuleText, tree: ast.Module, example_inputs: Any
-) -> frozenset[SiteKey]:
-    """Run a copy of the model, quantized with the generated classes, and see which sites a floating tensor reached.
+) -> dict[type, frozenset[StubPath]]:
+    """Run a copy of the model, quantized with the generated classes, and see which stubs a floating tensor reached.
 
     Args:
         module: The float model; it is not changed.
@@ -29,7 +28,7 @@ def sites_without_tensors(
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
 
     Returns:
-        The sites that none did, on no call path.
+        For each class, the ways to sites whose stub no floating tensor reached in any instance.
     """
     args, kwargs = call_arguments(example_inputs)
     _check_annotations(module, text, args, kwargs)
@@ -44,8 +43,11 @@ def sites_without_tensors(
         torch.no_grad(),
     ):
         model(*args, **kwargs)
-    every = {key for stubs in text.stubs.values() for key in stubs.values()}
-    return frozenset(every - _reached(model, text, recorder.seen))
+    reached = _reached(model, text, recorder.seen)
+    return {
+        cls: frozenset(path for name, paths in stubs.items() if (cls, name) not in reached for path in paths)
+        for cls, stubs in text.stubs.items()
+    }
 
 
 def _check_annotations(
@@ -68,11 +70,11 @@ class _Recorder:
         return tensor_out
 
 
-def _reached(model: torch.nn.Module, text: ModuleText, seen: set[int]) -> set[SiteKey]:
-    reached = set()
+def _reached(model: torch.nn.Module, text: ModuleText, seen: set[int]) -> set[tuple[type, str]]:
+    reached: set[tuple[type, str]] = set()
     for part in model.modules():
-        stubs = text.stubs.get(getattr(part, "float_class", None) or type(part), {})
-        reached |= {key for name, key in stubs.items() if id(part.__dict__.get(name)) in seen}
+        cls = getattr(part, "float_class", None) or type(part)
+        reached |= {(cls, name) for name in text.stubs.get(cls, ()) if id(part.__dict__.get(name)) in seen}
     return reached
 
 

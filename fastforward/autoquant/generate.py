@@ -6,7 +6,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,8 @@ import torch
 
 import fastforward
 from fastforward.autoquant.bind import engine_for
-from fastforward.autoquant.classtext import ModuleText
+from fastforward.autoquant.classtext import ModuleText, StubPath
 from fastforward.autoquant.evidence import sites_without_tensors
-from fastforward.autoquant.helpers import SiteKey
 from fastforward.autoquant.imports import is_importable
 from fastforward.autoquant.optable import OperatorTable
 from fastforward.autoquant.recompile import Engine
@@ -91,11 +90,11 @@ def autoquantize(
     """
     writer = _writer(module, output_path, force_overwrite, code_writer)
     engine = engine_for(operator_table, replacement_patterns)
-    dropped: frozenset[SiteKey] = frozenset()
+    text, tree = _module_text(module, engine, use_type_inference)
+    _check_importable(text, needed=auto_import or output_path is not None or example_inputs is not None)
     if example_inputs is not None:
-        dropped = sites_without_tensors(module, *_module_text(module, engine, use_type_inference, ()), example_inputs)
-    text, tree = _module_text(module, engine, use_type_inference, dropped)
-    _check_importable(text, needed=auto_import or output_path is not None)
+        dropped = sites_without_tensors(module, text, tree, example_inputs)
+        text, tree = _module_text(module, engine, use_type_inference, dropped)
     code = render(tree)
     name = writer.module_name if writer is not None else "quantized"
     pymodule = import_code(code, name) if auto_import else None
@@ -121,7 +120,10 @@ def _writer(
 
 
 def _module_text(
-    module: torch.nn.Module, engine: Engine, use_type_inference: bool, dropped: Iterable[SiteKey]
+    module: torch.nn.Module,
+    engine: Engine,
+    use_type_inference: bool,
+    dropped: Mapping[type, Collection[StubPath]] = types.MappingProxyType({}),
 ) -> tuple[ModuleText, ast.Module]:
     text = ModuleText(engine, use_type_inference, dropped)
     for cls in classes_to_render(module):

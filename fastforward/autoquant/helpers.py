@@ -26,13 +26,15 @@ from fastforward.exceptions import AutoquantError
 
 SiteKey = tuple[int, int, int, str]
 """Identity of a site: code object of its function, line, column, and what is quantized."""
+SitePath = tuple[int | SiteKey, ...]
+"""The numbers of the calls that lead from a function to a site, in it or in a helper further down, and the site."""
 
 
 class Quantizer(NamedTuple):
-    """A quantizer that a function needs: its name there, and the site it serves, maybe in a helper further down."""
+    """A quantizer that a function needs: its name there, the way to the site it serves, and that site."""
 
     name: str
-    key: SiteKey
+    path: SitePath
     site: Site
 
 
@@ -43,12 +45,14 @@ class Callee:
     Attributes:
         unit: The callee.
         how: ``function``, ``method`` (of the same instance) or ``super``.
+        number: The number of the call among all of the caller's.
         path: The numbers that tell this call from other calls of the same name.
         recursive: Whether the callee is the calling function itself: quantizers are passed on as they are.
     """
 
     unit: "TextUnit"
     how: Literal["function", "method", "super"]
+    number: int
     path: tuple[int, ...] = ()
     recursive: bool = False
 
@@ -68,6 +72,7 @@ class TextUnit:
         table: The operator table.
         resolve: Name or attribute chain -> the object it means, or ``UNKNOWN``.
         owner: The class of the instances it runs on, for a method.
+        dropped: Ways to sites that are left out because evidence has shown them to be needless.
         calls: ``id`` of a call node -> its callee.
         unknown: Its calls of torch that the operator table does not cover, with file and line.
     """
@@ -78,6 +83,7 @@ class TextUnit:
     table: OperatorTable
     resolve: Resolver
     owner: type | None
+    dropped: frozenset[SitePath] = frozenset()
     calls: dict[int, Callee] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
@@ -93,14 +99,14 @@ class TextUnit:
     def own(self) -> list[Quantizer]:
         """The quantizers of its own sites, in the order of the text: results, temporaries, reads, locals, arguments."""
         ranked = sorted(self.marks.sites, key=lambda site: (*self._rank(site), site.index))
-        return [Quantizer(site.name, self.key(site), site) for site in ranked]
+        return [Quantizer(site.name, (self.key(site),), site) for site in ranked]
 
     def quantizers(self) -> list[Quantizer]:
         """All quantizers that it needs, those of its callees after its own results and temporaries."""
         own = self.own()
         before = [quantizer for quantizer in own if self._rank(quantizer.site)[0] < _LOCAL]
         nested = [
-            Quantizer(callee.name(inner.name), inner.key, inner.site)
+            Quantizer(callee.name(inner.name), (callee.number, *inner.path), inner.site)
             for callee in self.calls.values()
             if not callee.recursive
             for inner in callee.unit.quantizers()
@@ -127,31 +133,34 @@ class TextUnit:
 _RESULT, _TEMPORARY, _READ, _LOCAL, _ARGUMENT = range(5)
 
 
+UnitKey = tuple[int, type | None, frozenset[SitePath]]
+
+
 class Graph:
-    """Finds units, each function once for each class whose instances it runs on.
+    """Finds units, each function once for each class whose instances it runs on and each set of sites left out.
 
     Args:
         engine: Operator table and patterns.
         use_type_inference: Whether inference removes sites that cannot hold a tensor; otherwise literals alone do.
-        dropped: Sites that evidence has shown to be needless.
     """
 
-    def __init__(self, engine: Engine, use_type_inference: bool = True, dropped: Iterable[SiteKey] = ()) -> None:
+    def __init__(self, engine: Engine, use_type_inference: bool = True) -> None:
         self.engine = engine
         self.use_type_inference = use_type_inference
-        self.dropped = frozenset(dropped)
-        self._units: dict[tuple[int, type | None], TextUnit] = {}
+        self._units: dict[UnitKey, TextUnit] = {}
         self._active: list[TextUnit] = []
 
-    def unit(self, function: types.FunctionType, owner: type | None = None) -> TextUnit:
-        """The unit of ``function``.
+    def unit(
+        self, function: types.FunctionType, owner: type | None = None, dropped: frozenset[SitePath] = frozenset()
+    ) -> TextUnit:
+        """The unit of ``function`` without the sites at the end of the ways in ``dropped``.
 
         Raises:
             AutoquantError: Its source cannot be found, or it cannot stand on its own as text.
         """
-        key = id(function.__code__), owner
+        key = id(function.__code__), owner, dropped
         if key not in self._units:
-            self._units[key] = self._build(function, owner)
+            self._units[key] = self._build(function, owner, dropped)
         return self._units[key]
 
     def units(self) -> list[TextUnit]:
@@ -160,9 +169,9 @@ class Graph:
 
     def fresh(self, unit: TextUnit) -> TextUnit:
         """The same unit with an AST of its own, for rendering to change."""
-        return self._build(unit.function, unit.owner)
+        return self._build(unit.function, unit.owner, unit.dropped)
 
-    def _build(self, function: types.FunctionType, owner: type | None) -> TextUnit:
+    def _build(self, function: types.FunctionType, owner: type | None, dropped: frozenset[SitePath]) -> TextUnit:
         self._check(function)
         located = locate(function)
         node, _ = _clone_in_place(located)
@@ -171,7 +180,7 @@ class Graph:
         context = self.engine.context(node, located, resolve)
         if not self.use_type_inference:
             context = dataclasses.replace(context, may_be_tensor=_not_literal)
-        unit = TextUnit(function, node, mark(node, context), context.table, resolve, owner)
+        unit = TextUnit(function, node, mark(node, context), context.table, resolve, owner, dropped)
         unit.unknown = list(unknown_operators(node, context, function))
         self._drop(unit)
         self._active.append(unit)
@@ -202,7 +211,7 @@ class Graph:
     def _drop(self, unit: TextUnit) -> None:
         """Take out the sites that evidence or a pragma excludes, and number the rest anew."""
         marks = unit.marks
-        gone = {id(site) for site in marks.sites if unit.key(site) in self.dropped or _skipped(site)}
+        gone = {id(site) for site in marks.sites if (unit.key(site),) in unit.dropped or _skipped(site)}
         if not gone:
             return
         marks.sites = [site for site in marks.sites if id(site) not in gone]
@@ -230,22 +239,23 @@ class Graph:
 
     def _callee(self, unit: TextUnit, call: ast.Call) -> Callee | None:
         function, how = self._target(unit, call.func)
+        number = unit.marks.calls[id(call)].number
         if not isinstance(function, types.FunctionType) or self.engine.kind(function) != "helper":
             return None
         if vars(torch.nn.Module).get(function.__name__) is function:
             return None  # the machinery of modules computes nothing
         owner = unit.owner if how != "function" else None
         if function.__code__ is unit.function.__code__:
-            return Callee(unit, how, recursive=True) if how != "super" else None
+            return Callee(unit, how, number, recursive=True) if how != "super" else None
         if any(active.function.__code__ is function.__code__ for active in self._active):
             return None  # mutual recursion: quantizers cannot be listed, so the call stays as it is
         if how == "function" and not self.engine.is_known_helper(function):
             return None
         try:
-            inner = self.unit(function, owner)
+            inner = self.unit(function, owner, within(unit.dropped, number))
         except AutoquantError:
             return None
-        return Callee(inner, how) if inner.quantizers() else None
+        return Callee(inner, how, number) if inner.quantizers() else None
 
     def _target(self, unit: TextUnit, callee: ast.expr) -> tuple[Any, Any]:
         if isinstance(callee, ast.Attribute) and unit.owner is not None:
@@ -255,6 +265,11 @@ class Graph:
                 return _inherited(unit, callee.attr), "super"
         found = unit.resolve(callee) if _is_global(unit, callee) else UNKNOWN
         return found, "function"
+
+
+def within(paths: Iterable[tuple[Any, ...]], first: int | str) -> frozenset[Any]:
+    """What is left of the ways that begin with ``first``."""
+    return frozenset(path[1:] for path in paths if path[0] == first)
 
 
 def _not_literal(expression: ast.expr) -> bool:

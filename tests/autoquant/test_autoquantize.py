@@ -14,6 +14,8 @@ import fastforward as ff
 from fastforward.autoquant.writer import BasicCodeWriter, FileWriter, StdoutWriter, TextIOWriter
 from fastforward.exceptions import AutoquantError, QuantizationWarning
 from fastforward.nn import module as quantized_modules
+from fastforward.nn.module import stubs_live
+from fastforward.nn.quantizer import recording
 from tests.autoquant import text_cases
 
 
@@ -178,6 +180,61 @@ def test_evidence_removes_sites_that_saw_no_floating_tensor() -> None:
 def test_evidence_keeps_what_a_tensor_reached() -> None:
     code = ff.autoquantize(Mixed(), example_inputs={"x": torch.ones(2), "sizes": torch.ones(2), "mode": 1}).code
     assert {"quantizer_add", "quantizer_exp", "quantizer_mul"} <= set(stub_names(code))
+
+
+def scaled(x, factor):
+    if factor is not None:
+        return x * factor
+    return x.exp()
+
+
+class Paths(nn.Module):
+    def forward(self, x, again: bool = False):
+        y = scaled(x, x) + scaled(x, None) + self.shifted(x)
+        if again:
+            y = scaled(y, y) + self.shifted(y)
+        return y
+
+    def shifted(self, x):
+        return x - 1
+
+    def never_called(self, x):
+        return x * x
+
+
+def test_evidence_is_taken_for_each_call_path_by_itself() -> None:
+    x = torch.randn(3)
+    generated = ff.autoquantize(Paths(), example_inputs=x, auto_import=True, code_writer=BasicCodeWriter("by_path"))
+    names = stub_names(generated.code)
+    assert {"quantizer_scaled_mul_1", "quantizer_scaled_exp_2", "quantizer_shifted_sub_1"} <= set(names)
+    assert not {"quantizer_scaled_mul_3", "quantizer_scaled_exp_3", "quantizer_never_called_mul"} & set(names)
+    assert "quantizer_scaled_exp_1" not in names and "quantizer_scaled_mul_2" not in names
+    assert "y = scaled(y, y)" in generated.code, "a call that evidence never saw stays as it is"
+    model = ff.quantize_model(Paths(), extra_conversion={Paths: generated.pymodule.QuantizedPaths})
+    assert torch.equal(model(x), Paths()(x))
+    assert torch.equal(model(x, again=True), Paths()(x, again=True))
+    stubs = [stub for stub in model.own_quantizers().values() if isinstance(stub, ff.nn.QuantizerStub)]
+    seen = Seen()
+    with stubs_live(model), recording(seen):
+        model(x)
+    assert seen.quantizers == {id(stub) for stub in stubs}
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.quantizers: set[int] = set()
+
+    def record(self, quantizer, tensor_in: torch.Tensor, tensor_out: torch.Tensor) -> None:
+        self.quantizers.add(id(quantizer))
+
+
+def test_evidence_needs_a_class_that_a_module_can_import() -> None:
+    class Local(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    with pytest.raises(AutoquantError, match="cannot import"):
+        ff.autoquantize(Local(), example_inputs=torch.ones(2))
 
 
 def test_evidence_uses_no_randomness() -> None:

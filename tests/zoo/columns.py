@@ -84,14 +84,14 @@ def text_form(entry: Entry) -> Record:
 
 
 def evidence(entry: Entry) -> Record:
-    """Sites that ``example_inputs`` leaves in the text although no floating tensor reaches them."""
+    """The text form after ``example_inputs``: equal outputs, and sites left although no floating tensor reaches them."""
     try:
-        idle = needless.in_text(entry)
+        idle, wrong = needless.in_text(entry)
     except AutoquantError as error:
         if entry.name in text.EXCLUDED:
             return _record([], skipped=text.EXCLUDED[entry.name])
         raise error
-    return _record([f"needless: {name}" for name in idle], needless=len(idle))
+    return _record([*wrong, *(f"needless: {name}" for name in idle)], needless=len(idle))
 
 
 def compilation(entry: Entry) -> Record:

@@ -19,6 +19,7 @@ from fastforward.nn.module import stubs_live
 from fastforward.nn.quantizer import Quantizer, recording
 from tests.zoo.entry import Entry, Inputs
 from tests.zoo.stubs import run
+from tests.zoo.values import differences
 
 _MODULE = "zoo_text_after_evidence"
 
@@ -35,9 +36,15 @@ class _Seen:
         return tensor_out
 
 
-def in_text(entry: Entry) -> list[str]:
-    """Sites of the generated classes, ``class.site``, that no floating tensor reached in any instance."""
+def in_text(entry: Entry) -> tuple[list[str], list[str]]:
+    """Render a model with ``example_inputs`` and run what was generated.
+
+    Returns:
+        Sites of the generated classes, ``class.site``, that no floating tensor reached in any instance; and where outputs
+        differ from the float model's.
+    """
     data = entry.arguments()
+    expected = run(entry.make(), data).outputs
     registered = dict(ff.nn.conversion.quantized_module_map())
     model = entry.make()
     try:
@@ -57,14 +64,14 @@ def in_text(entry: Entry) -> list[str]:
     model = ff.quantize_model(model, extra_conversion=classes)
     seen = _Seen()
     with stubs_live(model), recording(seen):
-        run(model, data)
+        outputs = run(model, data).outputs
     sites: dict[str, bool] = {}
     for part in model.modules():
         if type(part) in classes.values():
             for name, quantizer in part.own_quantizers().items():
                 site = f"{type(part).__qualname__}.{name}"
                 sites[site] = sites.get(site, False) or id(quantizer) in seen.ids
-    return sorted(site for site, reached in sites.items() if not reached)
+    return sorted(site for site, reached in sites.items() if not reached), differences(expected, outputs, "output")
 
 
 def in_memory(model: torch.nn.Module, data: Inputs) -> list[str]:

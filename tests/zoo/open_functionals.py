@@ -19,7 +19,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def _asked(original: Callable[..., bool], spread: Callable[..., Iterable[Any]]) -> Callable[..., bool]:
     def has_torch_function(*arguments: Any) -> bool:
-        row = default_table().find_name(f"torch.nn.functional.{sys._getframe(1).f_code.co_name}")
+        asking = sys._getframe(1)
+        row = default_table().find_name(f"{asking.f_globals['__name__']}.{asking.f_code.co_name}")
         if row is not None and not row.decompose:
             return original(*arguments)
         return any(
