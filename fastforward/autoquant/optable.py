@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastforward.autoquant.operator_row import (
     TOKEN_CLASS,
     Operator,
@@ -200,9 +202,13 @@ class OperatorTable:
         if self._unresolved:
             self._resolve_pending()
         try:
-            return self._objects.get(function)
+            found = self._objects.get(function)
         except TypeError:  # unhashable callables are never operators
             return None
+        if found is None and isinstance(function, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
+            # By name, since an operator may be registered after the table was first read.
+            return self._names.get(qualified_name(getattr(function, "overloadpacket", function)))
+        return found
 
     def _resolve_pending(self) -> None:
         pending, self._unresolved = self._unresolved, []

@@ -106,7 +106,7 @@ def _none(arguments: Arguments, out: Tensor) -> int:
 
 
 _RULES: Mapping[str, Callable[[Arguments, Tensor], int]] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _conv),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "deform_conv2d"), _conv),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
     **dict.fromkeys(("rnn_tanh", "rnn_relu", "gru", "lstm"), _recurrent),
     **dict.fromkeys(("rnn_tanh_cell", "rnn_relu_cell", "gru_cell", "lstm_cell"), _recurrent),

@@ -153,9 +153,9 @@ def operators_outside(entry: Entry, model: torch.nn.Module | None = None) -> Rep
 
 
 def _operands(func: Any, sources: list[Tensor]) -> list[Tensor]:
-    """The operands a quantizer is due for; a loss takes one, its target is none."""
+    """The operands a quantizer is due for; a loss has some, its target is none."""
     row = default_table().find_callable(func)
-    return sources if row is None or row.output_quantized else sources[:1]
+    return sources if row is None or row.output_quantized else sources[: len(row.operands)]
 
 
 def function_name(func: Any) -> str:
