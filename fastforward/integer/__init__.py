@@ -7,6 +7,7 @@ _NAMES = {
     "explain": "explaining",
     "supported": "explaining",
     "export": "exporting",
+    "check_inputs": "finite",
     "IntegerLinear": "linear",
     "IntegerConv1d": "conv",
     "IntegerConv2d": "conv",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
+from fastforward.integer.finite import representable
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 
@@ -39,11 +40,13 @@ class Grid:
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes of a plain floating tensor: uint8, same shape, memory laid out like ``x``."""
-        if self.shared and (kept := self._kept(x)) is not None:
+        # Inference tensors do not tell when they change, so nothing is kept of them.
+        if not self.shared or x.is_inference():
+            return self.fresh_codes(x)
+        if (kept := self._kept(x)) is not None:
             return kept
         codes = self.fresh_codes(x)
-        if self.shared:
-            self._last = (weakref.ref(x, self._forget), _version(x), codes)
+        self._last = (weakref.ref(x, self._forget), x._version, codes)
         return codes
 
     def fresh_codes(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,7 @@ class Grid:
             return self._smoothed(x)
         if x.dtype != torch.float32:
             x = x.float()
-        return self._rounded(x)
+        return self._rounded(representable(x, self.scale))
 
     def codes_in_place(self, x: torch.Tensor) -> torch.Tensor:
         """``codes`` of a float32 tensor that nobody else holds; its values are lost."""
@@ -64,9 +67,9 @@ class Grid:
         factor = self.inverse_smoothing
         assert factor is not None
         if x.numel() <= _BLOCK_ROWS * x.shape[-1]:
-            return self._rounded(x * factor)
-        rows = x.reshape(-1, x.shape[-1])
-        return torch.cat([self._rounded(block * factor) for block in rows.split(_BLOCK_ROWS)]).view(x.shape)
+            return self._rounded(representable(x * factor, self.scale))
+        rows = (block * factor for block in x.reshape(-1, x.shape[-1]).split(_BLOCK_ROWS))
+        return torch.cat([self._rounded(representable(block, self.scale)) for block in rows]).view(x.shape)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         codes = quantize_uint8(x, self.scale, self.zero_point)
@@ -107,7 +110,7 @@ class Grid:
         if self._last is None:
             return None
         reference, version, codes = self._last
-        return codes if reference() is x and version == _version(x) else None
+        return codes if reference() is x and version == x._version else None
 
     def _forget(self, _: Any) -> None:
         self._last = None
@@ -156,10 +159,6 @@ def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tens
 def quantize_dequantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round float32 ``x`` to the values of an 8-bit grid."""
     return torch.quantize_per_tensor(x.detach(), grid.scale, grid.zero_point, torch.quint8).dequantize()
-
-
-def _version(x: torch.Tensor) -> int:
-    return -1 if x.is_inference() else x._version
 
 
 def _announce_quietly() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer.deferred import Deferred
+from fastforward.integer.finite import is_ordinary
 from fastforward.integer.grid import Grid, grid_of, quantize_dequantize
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
@@ -33,6 +34,8 @@ class Rounding:
             return x.rounded(self.grid)
         if x.dtype != torch.float32 or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
             return type(self.quantizer).simulate(self.quantizer, x)
+        if not is_ordinary(x, self.grid.scale):
+            return type(self.quantizer).simulate(self.quantizer, x)  # NaN stays NaN
         return quantize_dequantize(x, self.grid)
 
     def _stale(self) -> bool:
