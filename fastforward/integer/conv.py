@@ -14,6 +14,7 @@ from fastforward.integer.weights import integer_weight
 from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
 from fastforward.nn.operands import quantize_parameter
 
+_FUSIBLE_AFTER_SUM = ("none", "relu")
 _MEMORY = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -99,6 +100,48 @@ class IntegerConv(IntegerLayer):
             scale,
             zero_point,
             dtype,
+            activation.name,
+            arguments(activation),
+            activation.algorithm,
+        )
+        return onednn.limited(result, out)
+
+    def accumulate(
+        self,
+        codes: torch.Tensor,
+        epilogue: Epilogue,
+        activation: Activation,
+        into: torch.Tensor,
+        scale: float,
+        zero_point: int,
+        out: Grid | None,
+    ) -> torch.Tensor:
+        if activation.name not in _FUSIBLE_AFTER_SUM:
+            y = into if out is None else torch.sub(into, float(zero_point)).mul_(scale)
+            y = activation.apply(self.accumulate(codes, epilogue, NO_ACTIVATION, y, 1.0, 0, None))
+            return y if out is None else out.codes_in_place(y)
+        stride, padding, dilation = self._geometry()
+        out_scale, out_zero_point, dtype = (1.0, 0, None) if out is None else (out.scale, out.zero_point, torch.uint8)
+        result: torch.Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
+            codes,
+            self.grid.scale,
+            self.grid.zero_point,
+            self._pack(),
+            epilogue.scale,
+            onednn._zeros(self.out_channels),
+            into,
+            epilogue.bias,
+            stride,
+            padding,
+            dilation,
+            self.groups,
+            out_scale,
+            out_zero_point,
+            torch.float32 if dtype is None else dtype,
+            scale,
+            zero_point,
+            "sum",
+            1.0,
             activation.name,
             arguments(activation),
             activation.algorithm,
@@ -203,6 +246,11 @@ class IntegerConv2d(IntegerConv, torch.nn.Conv2d):  # type: ignore[override]
     """``torch.nn.Conv2d`` with integer operands."""
 
     _fusible = ("none", "relu", "hardtanh", "hardswish", "swish")
+
+    @property
+    def accumulates(self) -> bool:  # type: ignore[override]
+        """In two dimensions, which is what oneDNN adds in."""
+        return self.weight_int8.device.type == "cpu"
 
 
 class IntegerConv3d(IntegerConv, torch.nn.Conv3d):  # type: ignore[override]

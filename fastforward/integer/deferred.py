@@ -46,6 +46,11 @@ class Product:
         fused = (*self.fused, activation.name)
         return Product(self.layer, self.codes, self.epilogue, self.dtype, activation, fused)
 
+    def followed_by(self, operator: str) -> "Product":
+        """The same product, its result known to go to ``operator``."""
+        fused = (*self.fused, operator)
+        return Product(self.layer, self.codes, self.epilogue, self.dtype, self.activation, fused)
+
     def normalized(self, epilogue: Epilogue) -> "Product":
         """The same product with a batch normalization in its scale and bias."""
         fused = (*self.fused, "batch_norm")
@@ -164,17 +169,19 @@ class Deferred(torch.Tensor):
             return self._parent.codes(self._grid)
         if self._value is not None or self._grid is not None or self.floats_wanted():
             return grid.codes(self.computed())
-        if self._parent is not None and self._move is not None:
-            if grid.inverse_smoothing is not None:
-                return grid.codes(self.computed())
-            return self._move(self._parent.codes(grid))
-        assert self._product is not None
+        if self._parent is not None and grid.inverse_smoothing is not None:
+            return grid.codes(self.computed())
         known = self._codes or {}
         if id(grid) not in known:
-            smoothing = grid.inverse_smoothing is not None
-            known[id(grid)] = (grid, self._product.smoothed(grid) if smoothing else self._product.on_grid(grid))
+            known[id(grid)] = (grid, self._fresh_codes(grid))
             self._codes = known
         return known[id(grid)][1]
+
+    def _fresh_codes(self, grid: Grid) -> torch.Tensor:
+        if self._parent is not None and self._move is not None:
+            return self._move(self._parent.codes(grid))
+        assert self._product is not None
+        return self._product.smoothed(grid) if grid.inverse_smoothing is not None else self._product.on_grid(grid)
 
     def floats_wanted(self) -> bool:
         """Whether floats exist, or were wanted by earlier calls, so that rounding them saves a second product."""

@@ -14,6 +14,7 @@ import torch
 from fastforward.integer import epilogue as epilogues
 from fastforward.integer.deferred import RULES, Deferred, Product, call_with_values
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation
+from fastforward.integer.residual import plus
 
 F = torch.nn.functional
 Tensor = torch.Tensor
@@ -116,7 +117,7 @@ def _batch_norm(
     if type(input) is not Deferred or training or running_mean is None or running_var is None:
         return NotImplemented
     product = input.pending
-    if product is None or product.activation is not NO_ACTIVATION or not product.layer.channels_first:
+    if type(product) is not Product or product.activation is not NO_ACTIVATION or not product.layer.channels_first:
         return NotImplemented
     folded = product.layer.folded(product.epilogue, running_mean, running_var, weight, bias, eps)
     return Deferred(product.normalized(folded), input._shape)
@@ -127,6 +128,8 @@ def _add(func: Any, input: Any, other: Any, *, alpha: float = 1, out: Any = None
     if alpha != 1 or out is not None:
         return NotImplemented
     owner, addend = (input, other) if type(input) is Deferred and input.pending else (other, input)
+    if type(owner) is Deferred and (later := plus(owner, addend)) is not None:
+        return addend._remember(Deferred(later, owner._shape))
     total = _sum(owner, addend)
     return _any_layout(func, input, other) if total is NotImplemented else total
 
@@ -135,6 +138,9 @@ def _add(func: Any, input: Any, other: Any, *, alpha: float = 1, out: Any = None
 def _add_(func: Any, input: Any, other: Any, *, alpha: float = 1) -> Any:
     if alpha != 1 or type(input) is not Deferred or input.watched:
         return NotImplemented
+    if (later := plus(input, other)) is not None:
+        other._remember(input)
+        return input.become(later)
     total = _sum(input, other)
     if total is NotImplemented:
         return NotImplemented
@@ -149,11 +155,7 @@ def _sum(owner: Any, addend: Any) -> Any:
         return NotImplemented
     if addend.requires_grad and torch.is_grad_enabled():
         return NotImplemented
-    product = owner.pending
-    fused = Product(
-        product.layer, product.codes, product.epilogue, product.dtype, product.activation, (*product.fused, "add")
-    )
-    value = fused.floats().add_(addend.computed() if type(addend) is Deferred else addend)
+    value = owner.pending.followed_by("add").floats().add_(addend.computed() if type(addend) is Deferred else addend)
     return Deferred(None, owner._shape, value=value, dtype=owner._dtype)
 
 

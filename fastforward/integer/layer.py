@@ -49,6 +49,10 @@ class IntegerLayer(torch.nn.Module):
     weight_scale: torch.Tensor
     output_quantizer: Quantizer | None
     channels_first: bool
+    accumulates = False
+    """Whether the kernel can add its result to a tensor and activate the sum (``accumulate``)."""
+    adds_codes: bool | None = None
+    """Whether rounding an addend to codes is exact enough for this layer's sum; ``None`` until it has been measured."""
     grid: Grid
     epilogue: Epilogue
     record: Record
@@ -140,6 +144,29 @@ class IntegerLayer(torch.nn.Module):
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None
     ) -> torch.Tensor:
         """Multiply; return float32, or uint8 codes on the grid ``out``."""
+        raise NotImplementedError
+
+    def accumulate(
+        self,
+        codes: torch.Tensor,
+        epilogue: Epilogue,
+        activation: Activation,
+        into: torch.Tensor,
+        scale: float,
+        zero_point: int,
+        out: Grid | None,
+    ) -> torch.Tensor:
+        """Add the product to ``into`` and activate, in its memory.
+
+        Args:
+            codes: The input's codes.
+            epilogue: Scale and bias of the product.
+            activation: What follows the sum.
+            into: Floats; or codes of the given ``scale`` and ``zero_point`` if ``out`` is a grid.
+            scale: Of ``into``.
+            zero_point: Of ``into``.
+            out: The grid of the result, ``None`` for floats.
+        """
         raise NotImplementedError
 
     def output_shape(self, codes: torch.Tensor) -> tuple[int, ...]:
