@@ -25,7 +25,7 @@ from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.scheme import REASON
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-_INTEGER_REASON = "_ff_float_reason"  # what fastforward.integer.conversion notes on a layer that stays simulated
+_INTEGER_REASON = "_ff_float_reason"  # what fastforward.integer.forms notes on a layer that stays simulated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ _NAMES = {
     "IntegerConv2d": "conv",
     "IntegerConv3d": "conv",
     "IntegerEmbedding": "embedding",
+    "IntegerDynamicLinear": "dynamic",
     "WeightOnlyLinear": "weight_only",
 }
 

@@ -1,41 +1,22 @@
 """convert(): a calibrated model becomes an integer one, in place."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from fastforward.exceptions import CalibrationError, QuantizationError, UnsupportedOperatorError
+from fastforward.exceptions import CalibrationError, QuantizationError
 from fastforward.integer import attention, fusion, onednn
 from fastforward.integer.bypass import bypass_rewriting
-from fastforward.integer.conv import IntegerConv, require_kernel
-from fastforward.integer.embedding import IntegerEmbedding
-from fastforward.integer.grid import Grid, grid_of
+from fastforward.integer.forms import plan
 from fastforward.integer.islands import speed_up
-from fastforward.integer.layer import IntegerLayer
 from fastforward.integer.linear import IntegerLinear
-from fastforward.integer.weight_only import WeightOnlyLinear, require_weight_only
-from fastforward.integer.weights import require_integer
-from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
-from fastforward.nn.embedding import QuantizedEmbedding
-from fastforward.nn.linear import QuantizedLinear
+from fastforward.integer.shortcuts import take_shortcuts
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
 
 BACKENDS = ("auto", "onednn", "int_mm", "kernels")
-REASON = "_ff_float_reason"
-_CONVS = (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
-_CONVERTIBLE = (QuantizedLinear, QuantizedEmbedding, *_CONVS)
 _LEARNING_RUNS = 3
-
-
-@dataclasses.dataclass(slots=True)
-class Step:
-    """One layer to convert, with its input grid; ``None`` where the weight alone is quantized."""
-
-    layer: QuantizedModule
-    grid: Grid | None
 
 
 def convert(
@@ -67,14 +48,14 @@ def convert(
         msg = f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
         raise ValueError(msg)
     require_calibrated(model)
-    steps = list(_plan(model))
-    for step in steps:
-        _swap(step, keep_float)
+    for step in list(plan(model)):
+        step.swap(step.layer, keep_float=keep_float)
         if isinstance(step.layer, IntegerLinear):
             step.layer.start(backend, measure=example_inputs is not None)
     for _, quantizer in _quantizers(model):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
             speed_up(quantizer)
+    take_shortcuts(model)
     bypass_rewriting(model)
     if example_inputs is not None:
         learn(model, example_inputs)
@@ -93,7 +74,7 @@ def require_calibrated(model: torch.nn.Module) -> None:
         )
         raise CalibrationError(msg)
     if not active:
-        done = any(isinstance(module, IntegerLayer | IntegerEmbedding | WeightOnlyLinear) for module in model.modules())
+        done = any(getattr(module, "holds_integers", False) for module in model.modules())
         what = "is integer already" if done else "has no quantizers"
         msg = f"nothing to convert: {type(model).__name__} {what}. Call ff.quantize(model, data) on a float model first"
         raise QuantizationError(msg)
@@ -123,54 +104,6 @@ def _quantizers(model: torch.nn.Module) -> Iterator[tuple[str, Quantizer]]:
         if isinstance(module, QuantizedModule):
             for name, quantizer in module.own_quantizers().items():
                 yield f"{path}.{name}" if path else name, quantizer
-
-
-def _plan(model: torch.nn.Module) -> Iterator[Step]:
-    """Yield the layers that have an integer form; leave the reason on those that have not."""
-    grids: dict[Any, Grid] = {}
-    for module in list(model.modules()):
-        if not isinstance(module, _CONVERTIBLE) or module._float_only:
-            continue
-        try:
-            yield Step(module, _checked(module, grids))
-        except UnsupportedOperatorError as error:
-            object.__setattr__(module, REASON, str(error))
-
-
-def _checked(layer: Any, grids: dict[Any, Grid]) -> Grid | None:
-    """The input grid of a layer that can be converted; layers with equal grids share the object."""
-    if type(layer) is QuantizedLinear and layer.input_quantizer.is_stub() and not layer.weight_quantizer.is_stub():
-        require_weight_only(layer)
-        return None
-    for role in ("input", "weight"):
-        quantizer = getattr(layer, f"{role}_quantizer", None)
-        if quantizer is not None and quantizer.is_stub():
-            msg = f"its {role} is not quantized"
-            raise UnsupportedOperatorError(msg)
-    require_integer(layer.weight_quantizer, layer.weight.shape)
-    if isinstance(layer, QuantizedEmbedding):
-        if layer.max_norm is not None:
-            msg = "an embedding with max_norm changes its table on every call"
-            raise UnsupportedOperatorError(msg)
-        return None
-    if isinstance(layer, _CONVS):
-        require_kernel(layer)
-    grid = grid_of(layer.input_quantizer, getattr(layer, "smoothing", None))
-    first = grids.setdefault(grid.key(), grid)
-    first.shared = first is not grid
-    return first
-
-
-def _swap(step: Step, keep_float: bool) -> None:
-    layer: Any = step.layer
-    if isinstance(layer, QuantizedEmbedding):
-        IntegerEmbedding.swap(layer, keep_float=keep_float)
-    elif step.grid is None:
-        WeightOnlyLinear.swap(layer, keep_float=keep_float)
-    elif isinstance(layer, QuantizedLinear):
-        IntegerLinear.swap(layer, step.grid, keep_float=keep_float)
-    else:
-        IntegerConv.swap(layer, step.grid, keep_float=keep_float)
 
 
 __all__ = ["BACKENDS", "attention", "convert", "fusion", "learn", "onednn", "require_calibrated"]

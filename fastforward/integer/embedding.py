@@ -49,6 +49,10 @@ class IntegerEmbedding(torch.nn.Embedding):
         y = (rows * scale).to(self.output_dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
+    def chain_link(self) -> tuple[str, str, str, str]:
+        """Operator, type of the input, type of the result and kernel, for a report."""
+        return "embedding", "int64", "float32", "int8 rows"
+
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
         data = {"dtype": str(self.output_dtype).removeprefix("torch."), "output": output_to_json(self.output_quantizer)}

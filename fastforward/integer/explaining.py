@@ -6,10 +6,8 @@ from collections.abc import Iterator
 import torch
 
 from fastforward.integer import onednn
-from fastforward.integer.conversion import REASON
-from fastforward.integer.embedding import IntegerEmbedding
+from fastforward.integer.forms import REASON
 from fastforward.integer.layer import IntegerLayer
-from fastforward.integer.weight_only import WeightOnlyLinear
 from fastforward.nn.module import QuantizedModule
 
 _NEVER_RAN = "not run yet"
@@ -102,11 +100,9 @@ def _links(model: torch.nn.Module) -> Iterator[Link]:
     for path, module in model.named_modules():
         if isinstance(module, IntegerLayer):
             yield _integer_link(path, module)
-        elif isinstance(module, IntegerEmbedding):
-            yield Link(path, "embedding", "int64", "float32", kernel="int8 rows")
-        elif isinstance(module, WeightOnlyLinear):
-            bits = "int4" if module.group else "int8"
-            yield Link(path, "linear", "float32", "float32", kernel=f"{bits} weight only")
+        elif getattr(module, "holds_integers", False):
+            operator, source, result, kernel = module.chain_link()
+            yield Link(path, operator, source, result, kernel=kernel)
         elif isinstance(module, QuantizedModule):
             yield from _island(path, module)
 

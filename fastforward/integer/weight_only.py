@@ -117,6 +117,10 @@ class WeightOnlyLinear(torch.nn.Linear):
             self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
         return self
 
+    def chain_link(self) -> tuple[str, str, str, str]:
+        """Operator, type of the input, type of the result and kernel, for a report."""
+        return "linear", "float32", "float32", f"int{4 if self.group else 8} weight only"
+
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
         tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}

@@ -1,0 +1,218 @@
+"""IntegerDynamicLinear: a linear layer whose activations get a scale and zero point per row on each call."""
+
+from typing import Any
+
+import torch
+
+from fastforward.exceptions import StateError, UnsupportedOperatorError
+from fastforward.integer import onednn
+from fastforward.integer.layer import become, output_from_json, output_to_json, successor
+from fastforward.integer.weights import integer_weight, require_integer
+from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
+from fastforward.nn.linear import QuantizedLinear
+from fastforward.nn.operands import quantize_parameter
+from fastforward.nn.quantizer import Quantizer
+from fastforward.quantization.granularity import PerTensor, PerToken
+
+_MAGIC = 1.5 * 2.0**23
+"""A float32 sum with this is rounded to an integer, ties to even."""
+_BLOCK_ROWS = 256
+_GRANULARITIES = {"PerTensor": PerTensor, "PerToken": PerToken}
+_magic = torch.tensor(_MAGIC)
+
+
+class IntegerDynamicLinear(torch.nn.Linear):
+    """``y = x W^T + b`` with an int8 weight and activations quantized by their own range, per token or per tensor.
+
+    Buffers ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``, float32) replace
+    the float weight.
+    """
+
+    holds_integers = True
+    weight_int8: torch.Tensor
+    weight_scale: torch.Tensor
+    inverse_smoothing: torch.Tensor | None
+    bias: torch.nn.Parameter | None  # type: ignore[assignment]
+    quantizer: DynamicLinearQuantizer
+    output_quantizer: Quantizer | None
+    _prepared: tuple[torch.Tensor, torch.Tensor] | None
+
+    @classmethod
+    def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "IntegerDynamicLinear":
+        """Turn a layer with a dynamic input quantizer into an integer one, in place."""
+        quantizer, smoothing = layer.input_quantizer, layer.smoothing
+        assert isinstance(quantizer, DynamicLinearQuantizer)
+        weight = layer.weight if smoothing is None else layer.weight * smoothing
+        integers, scale = integer_weight(layer.weight_quantizer, weight)
+        bias = quantize_parameter(layer.bias_quantizer, layer.bias)
+        output_quantizer = None if layer.output_quantizer.is_stub() else layer.output_quantizer
+        become(layer, cls, keep_float)
+        self: IntegerDynamicLinear = layer  # type: ignore[assignment]
+        inverse = None if smoothing is None else smoothing.detach().reciprocal()
+        self.install(integers, scale, bias, inverse, quantizer, output_quantizer)
+        return self
+
+    def install(
+        self,
+        integers: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        inverse_smoothing: torch.Tensor | None,
+        quantizer: DynamicLinearQuantizer,
+        output_quantizer: Quantizer | None,
+    ) -> None:
+        """Take the integer form of a layer whose float weight has been removed."""
+        self.register_buffer("weight_int8", integers)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("inverse_smoothing", inverse_smoothing)
+        if bias is not self.bias:
+            self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
+        # Beside the modules: it has no tensors, and code that walks the model should see a layer.
+        object.__setattr__(self, "quantizer", quantizer)
+        object.__setattr__(self, "output_quantizer", output_quantizer)
+        self._prepared = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
+        if input.numel() == 0:
+            return input.new_empty(*input.shape[:-1], self.out_features)
+        x = input.detach()
+        x = x if self.inverse_smoothing is None else x * self.inverse_smoothing
+        scale, zero_point = self.quantizer.parameters_for(x)
+        zero_point = zero_point.sub(self.quantizer.quant_min).float()
+        rows = x.reshape(-1, self.in_features).float()
+        parameters = (p.reshape(-1, 1).expand(rows.shape[0], 1) for p in (scale, zero_point))
+        y = self._product(rows, *parameters)
+        y = y.view(*input.shape[:-1], self.out_features).to(input.dtype)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _product(self, rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        """``[m, in_features]`` and a scale and zero point per row, a block of rows at a time that stays in the cache."""
+        if torch.compiler.is_compiling():
+            codes = torch.round(rows * (1 / scale)).add(zero_point).clamp(0, self._highest()).to(torch.uint8)
+            return self._finished(torch._int_mm(codes, self.weight_int8.t()) * self.weight_scale, scale, zero_point)
+        blocks = zip(*(t.split(_BLOCK_ROWS) for t in (rows, scale, zero_point)), strict=True)
+        results = [self._finished(self._multiplied(self._codes(*block)), *block[1:]) for block in blocks]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _codes(self, rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        """``clamp(round(x / scale) + zero_point)`` as uint8, per row."""
+        shifted = torch.addcmul(_magic, rows, 1 / scale).add_(zero_point - _MAGIC)
+        quantized = torch.quantize_per_tensor(shifted, 1.0, 0, torch.quint8)
+        codes = torch.empty(0, dtype=torch.uint8).set_(
+            quantized.untyped_storage(), 0, quantized.shape, quantized.stride()
+        )
+        return codes if self._highest() == 255 else codes.clamp_(max=self._highest())
+
+    def _highest(self) -> int:
+        return self.quantizer.quant_max - self.quantizer.quant_min
+
+    def _multiplied(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes times the weight in real units, float32."""
+        if codes.shape[0] <= onednn.SMALL_ROWS or not onednn.has_onednn():
+            return torch._int_mm(codes, self.weight_int8.t()) * self.weight_scale
+        zeros = onednn._zeros(self.out_features)
+        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 0, self._operands()[0], self.weight_scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return product
+
+    def _finished(self, product: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        """Take off what the zero points add, scale rows, add the bias."""
+        product = torch.addcmul(product, zero_point, self._operands()[1], value=-1)
+        return product * scale if self.bias is None else torch.addcmul(self.bias.detach(), product, scale)
+
+    def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The packed weight, and the real sum of each of its rows."""
+        if self._prepared is None:
+            packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None) if onednn.has_onednn() else None
+            sums = self.weight_int8.sum(1, dtype=torch.float64) * self.weight_scale.double()
+            self._prepared = packed, sums.float()
+        return self._prepared
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The float weight that the integers stand for, computed now; the original one if it was kept."""
+        kept = self._parameters.get("weight")
+        return self.weight_int8 * self.weight_scale[:, None] if kept is None else kept
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "IntegerDynamicLinear":
+        """Move with the model; scales stay float32."""
+        scale, self._prepared = self.weight_scale, None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != torch.float32:
+            self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
+        return {**self.__dict__, "_prepared": None}
+
+    def chain_link(self) -> tuple[str, str, str, str]:
+        """Operator, type of the input, type of the result and kernel, for a report."""
+        per = "token" if isinstance(self.quantizer.granularity, PerToken) else "tensor"
+        return "linear", "float32", "float32", f"uint8 x int8, input scale per {per}"
+
+    def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and JSON data: all that it takes to build the layer again."""
+        named = {"bias": self.bias, **self._buffers}
+        tensors = {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
+        quantizer = self.quantizer
+        data = {
+            "num_bits": quantizer.num_bits,
+            "symmetric": quantizer.symmetric,
+            "one_sided": quantizer.allow_one_sided,
+            "restricted": quantizer.restricted,
+            "granularity": type(quantizer.granularity).__name__,
+            "output": output_to_json(self.output_quantizer),
+        }
+        return tensors, data
+
+    @classmethod
+    def from_quantization_state(
+        cls, module: torch.nn.Module, tensors: dict[str, torch.Tensor], data: dict[str, Any]
+    ) -> torch.nn.Module:
+        """The layer for the place of ``module``, which stays as it is.
+
+        Raises:
+            StateError: The state belongs to a layer of another kind or shape.
+        """
+        new: IntegerDynamicLinear = successor(module, cls)
+        expected = (new.out_features, new.in_features)
+        if tuple(tensors["weight_int8"].shape) != expected or tensors["weight_int8"].dtype != torch.int8:
+            msg = f"it has a weight of shape {tuple(tensors['weight_int8'].shape)}, the model one of shape {expected}"
+            raise StateError(msg)
+        if data["granularity"] not in _GRANULARITIES:
+            msg = f"the state names granularity {data['granularity']!r}; known are {', '.join(_GRANULARITIES)}"
+            raise StateError(msg)
+        quantizer = DynamicLinearQuantizer(
+            int(data["num_bits"]),
+            symmetric=bool(data["symmetric"]),
+            allow_one_sided=bool(data["one_sided"]),
+            granularity=_GRANULARITIES[data["granularity"]](),
+            restricted=bool(data["restricted"]),
+        )
+        new._parameters["bias"] = None
+        integers, scale, output = tensors["weight_int8"], tensors["weight_scale"], output_from_json(data["output"])
+        new.install(integers, scale, tensors.get("bias"), tensors.get("inverse_smoothing"), quantizer, output)
+        layer: torch.nn.Module = new
+        return layer
+
+
+def require_dynamic(layer: QuantizedLinear) -> None:
+    """Raise UnsupportedOperatorError, with the reason, for a layer whose dynamic input has no integer form."""
+    quantizer = layer.input_quantizer
+    assert isinstance(quantizer, DynamicLinearQuantizer)
+    if quantizer.num_bits > 8:
+        msg = f"its input has {quantizer.num_bits} bits, integer kernels take 8 at most"
+        raise UnsupportedOperatorError(msg)
+    if type(quantizer) is not DynamicLinearQuantizer or quantizer.parameter_inference_fn is not None:
+        msg = "its input's scale comes from a function of its own"
+        raise UnsupportedOperatorError(msg)
+    if not isinstance(quantizer.granularity, PerTensor | PerToken):
+        msg = f"its input has scales by {quantizer.granularity}, integer kernels take one per token or tensor"
+        raise UnsupportedOperatorError(msg)
+    if layer.weight.device.type != "cpu":
+        msg = f"dynamic activations have integer kernels on CPUs only, it is on {layer.weight.device.type}"
+        raise UnsupportedOperatorError(msg)
+    require_integer(layer.weight_quantizer, layer.weight.shape)

@@ -1,0 +1,112 @@
+"""Which simulated layers have an integer form, which one it is, and why others have none."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastforward.exceptions import UnsupportedOperatorError
+from fastforward.integer.conv import IntegerConv, require_kernel
+from fastforward.integer.dynamic import IntegerDynamicLinear, require_dynamic
+from fastforward.integer.embedding import IntegerEmbedding
+from fastforward.integer.grid import Grid, grid_of
+from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.weight_only import WeightOnlyLinear, require_weight_only
+from fastforward.integer.weights import require_integer
+from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
+from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
+from fastforward.nn.embedding import QuantizedEmbedding
+from fastforward.nn.linear import QuantizedLinear
+from fastforward.nn.module import QuantizedModule
+
+REASON = "_ff_float_reason"
+"""Where a layer without integer form keeps the reason."""
+
+Swap = Callable[..., Any]
+"""Turns a layer into its integer form: ``swap(layer, keep_float=...)``."""
+
+
+class Grids:
+    """The input grids of a model; layers with equal grids share the object, and with it the codes of one value."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Grid] = {}
+
+    def of(self, layer: Any) -> Grid:
+        """The grid of the layer's input.
+
+        Raises:
+            UnsupportedOperatorError: Integer kernels cannot take it.
+        """
+        grid = grid_of(layer.input_quantizer, getattr(layer, "smoothing", None))
+        first = self._known.setdefault(grid.key(), grid)
+        first.shared = first is not grid
+        return first
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One layer to convert, and how."""
+
+    layer: QuantizedModule
+    swap: Swap
+
+
+def plan(model: torch.nn.Module) -> Iterator[Step]:
+    """Yield the layers that have an integer form; leave the reason on those that have not."""
+    grids = Grids()
+    for module in list(model.modules()):
+        form = next((form for cls, form in _FORMS.items() if isinstance(module, cls)), None)
+        if form is None or module._float_only:
+            continue
+        try:
+            yield Step(module, form(module, grids))  # type: ignore[arg-type]
+        except UnsupportedOperatorError as error:
+            object.__setattr__(module, REASON, str(error))
+
+
+def _linear(layer: Any, grids: Grids) -> Swap:
+    if layer.input_quantizer.is_stub() and not layer.weight_quantizer.is_stub() and type(layer) is QuantizedLinear:
+        require_weight_only(layer)
+        return WeightOnlyLinear.swap
+    if isinstance(layer.input_quantizer, DynamicLinearQuantizer) and not layer.weight_quantizer.is_stub():
+        require_dynamic(layer)
+        return IntegerDynamicLinear.swap
+    _require_quantized(layer, "input", "weight")
+    require_integer(layer.weight_quantizer, layer.weight.shape)
+    grid = grids.of(layer)
+    return lambda layer, **options: IntegerLinear.swap(layer, grid, **options)
+
+
+def _conv(layer: Any, grids: Grids) -> Swap:
+    _require_quantized(layer, "input", "weight")
+    require_integer(layer.weight_quantizer, layer.weight.shape)
+    require_kernel(layer)
+    grid = grids.of(layer)
+    return lambda layer, **options: IntegerConv.swap(layer, grid, **options)
+
+
+def _embedding(layer: Any, grids: Grids) -> Swap:
+    _require_quantized(layer, "weight")
+    require_integer(layer.weight_quantizer, layer.weight.shape)
+    if layer.max_norm is not None:
+        msg = "an embedding with max_norm changes its table on every call"
+        raise UnsupportedOperatorError(msg)
+    return IntegerEmbedding.swap
+
+
+def _require_quantized(layer: Any, *roles: str) -> None:
+    for role in roles:
+        if getattr(layer, f"{role}_quantizer").is_stub():
+            msg = f"its {role} is not quantized"
+            raise UnsupportedOperatorError(msg)
+
+
+_FORMS: dict[type[QuantizedModule], Callable[[Any, Grids], Swap]] = {
+    QuantizedLinear: _linear,
+    QuantizedConv1d: _conv,
+    QuantizedConv2d: _conv,
+    QuantizedConv3d: _conv,
+    QuantizedEmbedding: _embedding,
+}
