@@ -35,7 +35,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
     quantizer: DynamicLinearQuantizer
     output_quantizer: Quantizer | None
-    _prepared: tuple[torch.Tensor, torch.Tensor] | None
+    _prepared: tuple[torch.Tensor | None, torch.Tensor] | None
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "IntegerDynamicLinear":
@@ -87,7 +87,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def _product(self, rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        """``[m, in_features]`` and a scale and zero point per row, a block of rows at a time that stays in the cache."""
+        """Multiply ``[m, in_features]`` with parameters ``[m, 1]``, a block of rows at a time that stays in the cache."""
         if torch.compiler.is_compiling():
             codes = torch.round(rows * (1 / scale)).add(zero_point).clamp(0, self._highest()).to(torch.uint8)
             return self._finished(torch._int_mm(codes, self.weight_int8.t()) * self.weight_scale, scale, zero_point)
@@ -122,7 +122,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
         product = torch.addcmul(product, zero_point, self._operands()[1], value=-1)
         return product * scale if self.bias is None else torch.addcmul(self.bias.detach(), product, scale)
 
-    def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _operands(self) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The packed weight, and the real sum of each of its rows."""
         if self._prepared is None:
             packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None) if onednn.has_onednn() else None
