@@ -1,8 +1,8 @@
 """Attention on operands that integer layers computed.
 
 A head's products are too thin for integer kernels to win (32 or 64 wide), so they stay float. What can be saved is the
-way there: the codes of query, key and value become floats already in the layout that batched products want, without
-their scales, which go into the softmax's scale and the result.
+way there: query, key and value come from one integer product, and their codes become floats without their scales, which
+go into the softmax's scale and the result.
 """
 
 import math
@@ -14,10 +14,10 @@ import torch
 from fastforward.integer.deferred import Deferred
 from fastforward.integer.fusion import rule
 from fastforward.integer.grid import Grid
+from fastforward.integer.merged import compute_together
 
-SCORES_LIMIT = 1 << 19
-"""Scores of one sample up to this many elements (2 MB) stay in a core's cache; beyond, torch's blocked kernel wins."""
 _scratch = threading.local()
+_attention_of_floats = torch.nn.functional.scaled_dot_product_attention
 
 
 @rule(torch.nn.functional.scaled_dot_product_attention)
@@ -33,44 +33,41 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     operands = (query, key, value)
-    if attn_mask is not None or dropout_p or is_causal or enable_gqa or not all(_is_coded(x) for x in operands):
+    if dropout_p or type(attn_mask) is Deferred or not all(_is_coded(x) for x in operands):
         return NotImplemented
-    batch, heads, rows, width = query._shape
-    columns = key._shape[2]
-    if heads * rows * columns > SCORES_LIMIT or key._shape != (batch, heads, columns, width):
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return NotImplemented
-    if value._shape != key._shape or query._dtype != torch.float32:
-        return NotImplemented
-    return attend(operands, 1 / math.sqrt(width) if scale is None else scale)
+    scale = 1 / math.sqrt(query._shape[-1]) if scale is None else scale
+    return attend(operands, scale, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
-def attend(operands: tuple[Deferred, Deferred, Deferred], scale: float) -> torch.Tensor:
-    """``softmax(q k^T scale) v`` sample by sample, with buffers that stay in the cache and never leave here."""
+def attend(operands: tuple[Deferred, Deferred, Deferred], scale: float, **others: Any) -> torch.Tensor:
+    """``softmax(q k^T scale) v`` of operands ``[batch, heads, rows, width]``, with their scales applied afterwards."""
+    compute_together(operands)
     grids: list[Grid] = [x._grid for x in operands if x._grid is not None]
-    codes = [x.codes(grid) for x, grid in zip(operands, grids, strict=True)]
-    batch, heads, rows, width = codes[0].shape
-    columns = codes[1].shape[2]
-    q, k, v = (_buffer(name, (heads, x.shape[2], width)) for name, x in zip("qkv", codes, strict=True))
-    scores = _buffer("scores", (heads, rows, columns))
-    # torch's own kernel returns this layout too: heads side by side in memory.
-    result = torch.empty(batch, rows, heads, width).transpose(1, 2)
+    q, k, v = (_centred(name, x.codes(grid), grid) for name, x, grid in zip("qkv", operands, grids, strict=True))
     factor = scale * grids[0].scale * grids[1].scale
-    for sample in range(batch):
-        for buffer, x, grid in zip((q, k, v), codes, grids, strict=True):
-            torch.sub(x[sample], float(grid.zero_point), out=buffer)
-        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=factor, out=scores)
-        torch.softmax(scores, -1, out=scores)
-        result[sample] = torch.bmm(scores, v)
-    return result.mul_(grids[2].scale)
+    return _attention_of_floats(q, k, v, scale=factor, **others).mul_(grids[2].scale)
+
+
+def _centred(name: str, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes less their zero point as floats, in a buffer whose memory runs in the same order."""
+    batch, heads, rows, width = codes.shape
+    if codes.stride(1) < codes.stride(2):
+        buffer = _buffer(name, (batch, rows, heads, width)).transpose(1, 2)
+    else:
+        buffer = _buffer(name, (batch, heads, rows, width))
+    return buffer.copy_(codes).sub_(grid.zero_point)
 
 
 def _is_coded(x: Any) -> bool:
-    """Whether ``x`` is a deferred result on a grid, four-dimensional, on the CPU."""
+    """Whether ``x`` is a deferred result on a grid, four-dimensional, in float32 on the CPU."""
     return (
         type(x) is Deferred
         and x._grid is not None
         and x._value is None
         and len(x._shape) == 4
+        and x._dtype == torch.float32
         and x._device.type == "cpu"
     )
 

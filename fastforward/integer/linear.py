@@ -50,6 +50,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     def prepare(self, bias: torch.Tensor | None) -> None:
         super().prepare(bias)
         self._packed = self._float_weight = self._operands = None
+        self.__dict__.pop("_merged", None)
         if "_kernels" not in self.__dict__:  # moving a layer keeps what was measured
             self.start()
 
@@ -108,6 +109,12 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
             return onednn.linear_onednn(codes, self.grid.scale, self._pack(), epilogue, activation, out)
         return onednn.linear_int_mm(codes, self.weight_int8, epilogue, activation, out)
 
+    def kernel_for(self, rows: int, *, to_codes: bool) -> str:
+        """The kernel for so many rows, if it is known without measuring; ``""`` otherwise."""
+        if (rows, to_codes) in self._kernels:
+            return self._kernels[rows, to_codes]
+        return "" if self.measures and self.backend == "auto" else self._default_kernel(rows)
+
     def output_shape(self, codes: torch.Tensor) -> tuple[int, ...]:
         return (*codes.shape[:-1], self.out_features)
 
@@ -120,19 +127,19 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         self, use: tuple[int, bool], codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
     ) -> str:
         """Pick the kernel for so many rows and a result in floats or codes."""
-        if self.backend != "auto":
-            kernel = self.backend
-        elif codes.device.type != "cpu":
-            kernel = "kernels"
-        elif not onednn.has_onednn():
-            kernel = "int_mm"
-        elif self.measures:
+        kernel = self.kernel_for(use[0], to_codes=use[1])
+        if not kernel:
             kernel = fastest(self._candidates(codes, epilogue, activation, out))
-        else:
-            kernel = "int_mm" if use[0] <= onednn.SMALL_ROWS else "onednn"
         self._kernels[use] = self.record.kernel = kernel
         self._float_wins = self._float_wins or kernel == "float"
         return "int_mm" if kernel == "float" else kernel
+
+    def _default_kernel(self, rows: int) -> str:
+        if self.backend != "auto":
+            return self.backend
+        if self.weight_int8.device.type != "cpu":
+            return "kernels"
+        return "onednn" if onednn.has_onednn() and rows > onednn.SMALL_ROWS else "int_mm"
 
     def _candidates(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
@@ -165,7 +172,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     def _pack(self) -> torch.Tensor:
         if self._packed is None:
-            self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None)
+            self._packed = torch.ops.onednn.qlinear_prepack.default(self.weight_int8, None)
         return self._packed
 
     def _traced(self, input: torch.Tensor) -> torch.Tensor:
@@ -178,7 +185,9 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_packed": None, "_float_weight": None, "_operands": None}
+        state = {**self.__dict__, "_packed": None, "_float_weight": None, "_operands": None}
+        state.pop("_merged", None)
+        return state
 
 
 def _known(name: Any, names: tuple[str, ...]) -> str:

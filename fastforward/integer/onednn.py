@@ -27,9 +27,9 @@ def _exact() -> bool:
     depth = 64
     weight = torch.full((16, depth), 127, dtype=torch.int8)
     codes = torch.full((32, depth), 255, dtype=torch.uint8)
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    packed = torch.ops.onednn.qlinear_prepack.default(weight, None)
     ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int64)
-    y = torch.ops.onednn.qlinear_pointwise(
+    y = torch.ops.onednn.qlinear_pointwise.default(
         codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return bool((y == 127 * 255 * depth).all()) and bool((torch._int_mm(codes, weight.t()) == 127 * 255 * depth).all())
@@ -54,7 +54,7 @@ def linear_onednn(
     The input's zero point is in the bias already: oneDNN would sum the weight again on every call.
     """
     scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
-    result: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+    result: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
         codes,
         input_scale,
         0,

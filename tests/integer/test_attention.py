@@ -1,0 +1,101 @@
+"""Attention behind integer layers: one product for query, key and value, every form of the operator."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastforward as ff
+from fastforward.integer.merged import Merged
+
+nn = torch.nn
+F = torch.nn.functional
+WIDTH, HEADS, ROWS = 32, 4, 24
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.options = options
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            p(t).view(*t.shape[:2], HEADS, WIDTH // HEADS).transpose(1, 2)
+            for p, t in ((self.q, x), (self.k, context), (self.v, context))
+        )
+        y = F.scaled_dot_product_attention(q, k, v, **self.options)
+        return self.o(y.transpose(1, 2).reshape(x.shape))
+
+
+def _converted(model: nn.Module, *inputs: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    model = ff.quantize(model, [inputs], progress=False)
+    with torch.no_grad():
+        expected = model(*inputs)
+    return ff.convert(model, backend="onednn"), expected
+
+
+def _sqnr(expected: torch.Tensor, y: torch.Tensor) -> float:
+    return float(10 * torch.log10(expected.square().sum() / (expected - y).square().sum()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.2},
+        {"attn_mask": (torch.arange(ROWS) < 5)[None]},
+        {"attn_mask": torch.linspace(-2, 2, ROWS)[None]},
+    ],
+    ids=["plain", "causal", "scale", "boolean mask", "additive mask"],
+)
+def test_every_form_equals_the_simulation(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, ROWS, WIDTH)
+    model, expected = _converted(Attention(**options), x)
+    with torch.no_grad():
+        results = [model(x) + 0 for _ in range(3)]
+    assert all(_sqnr(expected, y) > 50 for y in results)
+    assert {name: layer.record.fused for name, layer in model.named_children() if name in "qkv"} == dict.fromkeys(
+        "qkv", ("merged",)
+    )
+
+
+def test_merged_codes_are_those_of_each_layer() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, ROWS, WIDTH)
+    model, _ = _converted(Attention(), x)
+    with torch.no_grad():
+        model(x)
+    merged = model.q.__dict__["_merged"]
+    codes = model.q.codes(x)
+    for layer, grid, together in zip(merged.layers, merged.grids, merged.codes(codes), strict=True):
+        alone = layer.compute(codes, layer.epilogue, out=grid)
+        difference = (alone.int() - together.int()).abs()
+        assert together.shape == alone.shape
+        assert difference.max() <= 1  # a value halfway between two codes may round otherwise
+        assert difference.float().mean() < 1e-3
+
+
+def test_only_what_multiplies_the_same_codes_is_merged() -> None:
+    torch.manual_seed(2)
+    x, context = torch.randn(2, ROWS, WIDTH), torch.randn(2, ROWS, WIDTH)
+    model, expected = _converted(Attention(), x, context)
+    with torch.no_grad():
+        assert _sqnr(expected, model(x, context)) > 50
+    assert "merged" not in model.q.record.fused
+
+
+def test_moving_a_layer_merges_anew() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(2, ROWS, WIDTH)
+    model, _ = _converted(Attention(), x)
+    with torch.no_grad():
+        before = model(x) + 0
+        first = model.q.__dict__["_merged"]
+        model.v.prepare(model.v.epilogue.bias)
+        assert torch.equal(model(x), before)
+    assert isinstance(first, Merged)
+    assert model.q.__dict__["_merged"] is not first
