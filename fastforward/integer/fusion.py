@@ -180,7 +180,7 @@ def _reshape(func: Any, input: Any, *shape: Any) -> Any:
     full = tuple(numel // known if size == -1 else size for size in shape)
     if math.prod(full) != numel:
         return NotImplemented
-    return _move(input, lambda x: _contiguous(x).reshape(full), full)
+    return _move(input, lambda x: x.reshape(full), full)
 
 
 @rule(Tensor.transpose, torch.transpose, Tensor.swapaxes)
