@@ -87,7 +87,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def _product(self, rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        """Multiply ``[m, in_features]`` with parameters ``[m, 1]``, a block of rows at a time that stays in the cache."""
+        """Multiply ``[m, in_features]``, parameters ``[m, 1]``, a block of rows at a time that stays in the cache."""
         if torch.compiler.is_compiling():
             codes = torch.round(rows * (1 / scale)).add(zero_point).clamp(0, self._highest()).to(torch.uint8)
             return self._finished(torch._int_mm(codes, self.weight_int8.t()) * self.weight_scale, scale, zero_point)

@@ -12,9 +12,17 @@ from fastforward.integer.dynamic import IntegerDynamicLinear, require_dynamic
 from fastforward.integer.embedding import IntegerEmbedding
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.transposed import IntegerConvTranspose, require_transposed
 from fastforward.integer.weight_only import WeightOnlyLinear, require_weight_only
 from fastforward.integer.weights import require_integer
-from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
+from fastforward.nn.conv import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+)
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.embedding import QuantizedEmbedding
 from fastforward.nn.linear import QuantizedLinear
@@ -87,6 +95,13 @@ def _conv(layer: Any, grids: Grids) -> Swap:
     return lambda layer, **options: IntegerConv.swap(layer, grid, **options)
 
 
+def _transposed(layer: Any, grids: Grids) -> Swap:
+    _require_quantized(layer, "input", "weight")
+    require_transposed(layer)
+    grid = grids.of(layer)
+    return lambda layer, **options: IntegerConvTranspose.swap(layer, grid, **options)
+
+
 def _embedding(layer: Any, grids: Grids) -> Swap:
     _require_quantized(layer, "weight")
     require_integer(layer.weight_quantizer, layer.weight.shape)
@@ -108,5 +123,8 @@ _FORMS: dict[type[QuantizedModule], Callable[[Any, Grids], Swap]] = {
     QuantizedConv1d: _conv,
     QuantizedConv2d: _conv,
     QuantizedConv3d: _conv,
+    QuantizedConvTranspose1d: _transposed,
+    QuantizedConvTranspose2d: _transposed,
+    QuantizedConvTranspose3d: _transposed,
     QuantizedEmbedding: _embedding,
 }

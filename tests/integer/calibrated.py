@@ -10,7 +10,8 @@ import fastforward.nn.layers  # noqa: F401  (registers the hand-written layers)
 from fastforward.nn.module import quantized_module_map
 
 nn = torch.nn
-QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Embedding)
 
 
 def activation_quantizer(low: float, high: float, num_bits: int = 8, symmetric: bool = False) -> Any:
@@ -19,9 +20,9 @@ def activation_quantizer(low: float, high: float, num_bits: int = 8, symmetric: 
     return quantizer
 
 
-def weight_quantizer(weight: torch.Tensor, num_bits: int = 8) -> Any:
-    quantizer = ff.nn.LinearQuantizer(num_bits, symmetric=True, allow_one_sided=False, granularity=ff.PerChannel(0))
-    rows = weight.detach().flatten(1)
+def weight_quantizer(weight: torch.Tensor, num_bits: int = 8, dim: int = 0) -> Any:
+    quantizer = ff.nn.LinearQuantizer(num_bits, symmetric=True, allow_one_sided=False, granularity=ff.PerChannel(dim))
+    rows = weight.detach().movedim(dim, 0).flatten(1)
     quantizer.quantization_range = (rows.amin(1), rows.amax(1))
     return quantizer
 
@@ -45,7 +46,7 @@ def simulated(model: nn.Module, *inputs: Any, num_bits: int = 8, symmetric: bool
         layer.__init_quantization__()
         if hasattr(layer, "input_quantizer"):
             layer.input_quantizer = activation_quantizer(*ranges[layer], num_bits, symmetric)
-        layer.weight_quantizer = weight_quantizer(layer.weight)
+        layer.weight_quantizer = weight_quantizer(layer.weight, dim=int(isinstance(layer, _TRANSPOSED)))
     return model.eval()
 
 
