@@ -22,7 +22,8 @@ class Record:
     """What has been seen of a layer's calls; :func:`fastforward.integer.explain` prints it.
 
     Attributes:
-        calls: Calls so far.
+        calls: Results computed so far.
+        deferred: Results put off so far; many more than were computed means that these leave the model.
         source: How the input arrived: ``"float32"`` or ``"uint8"``.
         result: What was asked of the output, likewise.
         fused: Operators that the layer took over.
@@ -30,6 +31,7 @@ class Record:
     """
 
     calls: int = 0
+    deferred: int = 0
     source: str = ""
     result: str = ""
     fused: tuple[str, ...] = ()
@@ -174,7 +176,10 @@ class IntegerLayer(torch.nn.Module):
         raise NotImplementedError
 
     def product(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The deferred result for these codes."""
+        """The deferred result for these codes; soon a computed one if nobody in the model uses it."""
+        self.record.deferred += 1
+        if self.record.deferred - self.record.calls > _LEARNING_CALLS:
+            self.defers = False
         return Deferred(Product(self, codes, self.epilogue, dtype), self.output_shape(codes))
 
     def used_as_float(self, fused: tuple[str, ...]) -> None:
