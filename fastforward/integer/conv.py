@@ -6,7 +6,9 @@ import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import onednn, portable
+from fastforward.integer.deferred import Deferred
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, make_epilogue
+from fastforward.integer.folding import Folded, Norm
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import IntegerLayer, become
 from fastforward.integer.unfolded import conv_int_mm
@@ -35,9 +37,16 @@ class IntegerConv(IntegerLayer):
     stride: tuple[int, ...]
     padding: Any
     dilation: tuple[int, ...]
-    _packed: torch.Tensor | None
+    _packs: dict[tuple[int, ...], torch.Tensor]
     _operands: portable.Operands | None
-    _folds: dict[tuple[int, ...], tuple[Any, Epilogue]]
+    _folded: Folded | None
+    _sizes: dict[torch.Size, tuple[int, ...]]
+    _strides: list[int]
+    _paddings: list[int]
+    _dilations: list[int]
+    _dimensions: int
+    _on_cpu: bool
+    _memory: torch.memory_format
 
     @classmethod
     def swap(cls, layer: Any, grid: Grid | None = None, *, keep_float: bool = False) -> "IntegerConv":
@@ -52,9 +61,12 @@ class IntegerConv(IntegerLayer):
 
     def prepare(self, bias: torch.Tensor | None) -> None:
         super().prepare(bias)
-        self._packed, self._folds, self._operands = None, {}, None
+        self._packs, self._folded, self._operands, self._sizes = {}, None, None, {}
+        self._strides, self._paddings, self._dilations = list(self.stride), self._padding_sizes(), list(self.dilation)
+        self._dimensions, self._on_cpu = self.weight_int8.dim(), self.weight_int8.device.type == "cpu"
+        self._memory = _MEMORY.get(self._dimensions, torch.contiguous_format)
         self.record.kernel = "onednn"
-        self._pack()  # now, because a compiler cannot do it while it traces
+        self._pack_ahead()
 
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -63,7 +75,7 @@ class IntegerConv(IntegerLayer):
         """Convolve ``[batch, in_channels, *size]``, in the dtype of ``input``."""
         if torch.compiler.is_compiling():
             return self._traced(input)
-        batched = input.dim() == self.weight_int8.dim()
+        batched = len(input._shape if type(input) is Deferred else input.shape) == self._dimensions
         codes = self.codes(input if batched else input.unsqueeze(0))
         y = self.product(codes, input.dtype)
         if self.output_quantizer is not None:
@@ -72,30 +84,31 @@ class IntegerConv(IntegerLayer):
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         codes = super().codes(x)
-        memory = _MEMORY.get(codes.dim())
-        return codes.contiguous() if memory is None else codes.contiguous(memory_format=memory)
+        if codes.is_contiguous(memory_format=self._memory):
+            return codes
+        return codes.contiguous(memory_format=self._memory)
 
     def compute(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None
     ) -> torch.Tensor:
         scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
-        if codes.device.type != "cpu":
+        if not self._on_cpu:
             return self._portable(codes, epilogue, activation, out)
         if activation.name not in self._fusible:
             y = activation.apply(self.compute(codes, epilogue))
             return y if out is None else out.codes(y)
-        stride, padding, dilation = self._geometry()
-        result: torch.Tensor = torch.ops.onednn.qconv_pointwise(
+        codes, bias, point, padding = self._operands_of(codes, epilogue)
+        result: torch.Tensor = torch.ops.onednn.qconv_pointwise.default(
             codes,
             self.grid.scale,
-            self.grid.zero_point,
-            self._pack(),
+            point,
+            self._pack(point, padding),
             epilogue.scale,
             onednn._zeros(self.out_channels),
-            epilogue.bias,
-            stride,
+            bias,
+            self._strides,
             padding,
-            dilation,
+            self._dilations,
             self.groups,
             scale,
             zero_point,
@@ -120,24 +133,24 @@ class IntegerConv(IntegerLayer):
             y = into if out is None else torch.sub(into, float(zero_point)).mul_(scale)
             y = activation.apply(self.accumulate(codes, epilogue, NO_ACTIVATION, y, 1.0, 0, None))
             return y if out is None else out.codes_in_place(y)
-        stride, padding, dilation = self._geometry()
-        out_scale, out_zero_point, dtype = (1.0, 0, None) if out is None else (out.scale, out.zero_point, torch.uint8)
+        out_scale, out_zero_point = (1.0, 0) if out is None else (out.scale, out.zero_point)
+        codes, bias, point, padding = self._operands_of(codes, epilogue)
         result: torch.Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
             codes,
             self.grid.scale,
-            self.grid.zero_point,
-            self._pack(),
+            point,
+            self._pack(point, padding),
             epilogue.scale,
             onednn._zeros(self.out_channels),
             into,
-            epilogue.bias,
-            stride,
+            bias,
+            self._strides,
             padding,
-            dilation,
+            self._dilations,
             self.groups,
             out_scale,
             out_zero_point,
-            torch.float32 if dtype is None else dtype,
+            into.dtype,
             scale,
             zero_point,
             "sum",
@@ -148,76 +161,86 @@ class IntegerConv(IntegerLayer):
         )
         return onednn.limited(result, out)
 
+    def _operands_of(
+        self, codes: torch.Tensor, epilogue: Epilogue
+    ) -> tuple[torch.Tensor, torch.Tensor | None, int, list[int]]:
+        """Codes, bias, zero point and padding for the kernel.
+
+        For a zero point other than 0 the kernel sums the weight on every call. Without padding the bias can hold that
+        sum; padding by hand is cheaper than summing a weight that is larger than the input.
+        """
+        point, padding = self.grid.zero_point, self._paddings
+        if point == 0:
+            return codes, epilogue.bias, 0, padding
+        if any(padding):
+            if codes.numel() > self.weight_int8.numel() and not torch.compiler.is_compiling():
+                return codes, epilogue.bias, point, padding
+            around = [size for size in reversed(padding) for _ in range(2)]
+            codes, padding = torch.nn.functional.pad(codes, around, value=point), [0] * len(padding)
+        return codes, epilogue.compensated, 0, padding
+
     def _portable(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
     ) -> torch.Tensor:
         if self._operands is None:
             self._operands = portable.operands(self.weight_int8, self.grid)
-        stride, padding, dilation = self._geometry()
+        stride, padding, dilation = self._strides, self._paddings, self._dilations
         geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": self.groups}
         return portable.conv(codes, self.weight_int8, self._operands, epilogue, geometry, activation, out)
 
     def folded(
         self, base: Epilogue, mean: torch.Tensor, var: torch.Tensor, weight: Any, bias: Any, eps: float
     ) -> Epilogue:
-        """The epilogue followed by batch normalization with running statistics; computed once per set of statistics."""
-        sources = [base.scale, mean, var, *(p for p in (weight, bias) if p is not None)]
-        key = tuple(part for p in sources for part in (id(p), -1 if p.is_inference() else p._version))
-        if key not in self._folds:
-            if len(self._folds) > 4:
-                self._folds.clear()
-            self._folds[key] = (sources, self._fold(base, mean, var, weight, bias, eps))
-        return self._folds[key][1]
-
-    def _fold(
-        self, base: Epilogue, mean: torch.Tensor, var: torch.Tensor, weight: Any, bias: Any, eps: float
-    ) -> Epilogue:
-        gain = (var.detach().double() + eps).rsqrt()
-        gain = gain if weight is None else gain * weight.detach().double()
-        shift = -mean.detach().double() if base.bias is None else base.bias.double() - mean.detach().double()
-        shift = shift * gain
-        shift = shift if bias is None else shift + bias.detach().double()
-        scale = (base.scale.double() * gain).float()
-        return make_epilogue(self.weight_int8, scale, shift, self.grid.scale, self.grid.zero_point)
+        """The epilogue followed by batch normalization with running statistics; kept until one of them changes."""
+        norm = Norm(mean, var, weight, bias, eps)
+        if self._folded is None or not self._folded.holds(base, norm):
+            scale, shift = norm.folded(base)
+            grid = self.grid
+            result = make_epilogue(self.weight_int8, scale, shift, grid.scale, grid.zero_point)
+            self._folded = Folded(base, norm, norm.versions(), result)
+        return self._folded.result
 
     def output_shape(self, codes: torch.Tensor) -> tuple[int, ...]:
-        stride, padding, dilation = self._geometry()
-        sizes = tuple(
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(codes.shape[2:], self.kernel_size, stride, padding, dilation, strict=True)
-        )
-        return (codes.shape[0], self.out_channels, *sizes)
+        size = codes.shape[2:]
+        known = self._sizes.get(size)
+        if known is None:
+            geometry = zip(size, self.kernel_size, self._strides, self._paddings, self._dilations, strict=True)
+            known = tuple((length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in geometry)
+            self._sizes = {size: known}
+        return (codes.shape[0], self.out_channels, *known)
 
-    def _geometry(self) -> tuple[list[int], list[int], list[int]]:
-        return list(self.stride), self._symmetric_padding(), list(self.dilation)
-
-    def _symmetric_padding(self) -> list[int]:
+    def _padding_sizes(self) -> list[int]:
         if self.padding == "valid":
             return [0] * len(self.kernel_size)
         if self.padding == "same":
             return [d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return list(self.padding)
 
-    def _pack(self) -> torch.Tensor | None:
-        if self._packed is None and self.weight_int8.device.type == "cpu":
-            stride, padding, dilation = self._geometry()
-            ones = torch.ones(self.out_channels)
-            self._packed = torch.ops.onednn.qconv_prepack(
+    def _pack_ahead(self) -> None:
+        """Pack as traced programs will want it, because a compiler cannot pack while it traces."""
+        if self._on_cpu:
+            self._pack(0, self._paddings if self.grid.zero_point == 0 else [0] * len(self._paddings))
+
+    def _pack(self, zero_point: int, padding: list[int]) -> torch.Tensor:
+        key = (zero_point, *padding)
+        packed = self._packs.get(key)
+        if packed is None:
+            packed = self._packs[key] = torch.ops.onednn.qconv_prepack(
                 self.weight_int8,
-                ones,
+                torch.ones(self.out_channels),
                 self.grid.scale,
-                self.grid.zero_point,
-                stride,
+                zero_point,
+                self._strides,
                 padding,
-                dilation,
+                self._dilations,
                 self.groups,
                 None,
             )
-        return self._packed
+        return packed
 
     def _traced(self, input: torch.Tensor) -> torch.Tensor:
         """The same computation in operators that compilers and exporters understand."""
-        batched = input.dim() == self.weight_int8.dim()
+        batched = input.dim() == self._dimensions
         codes = self.grid.traced_codes(input if batched else input.unsqueeze(0))
         # A program cannot carry oneDNN's packed weight into another process.
         y = self._unfolded(codes) if torch.compiler.is_exporting() else self.compute(codes, self.epilogue)
@@ -225,15 +248,16 @@ class IntegerConv(IntegerLayer):
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def _unfolded(self, codes: torch.Tensor) -> torch.Tensor:
-        return conv_int_mm(codes, self.weight_int8, self.epilogue, self._geometry(), self.groups, self.grid.zero_point)
+        geometry = self._strides, self._paddings, self._dilations
+        return conv_int_mm(codes, self.weight_int8, self.epilogue, geometry, self.groups, self.grid.zero_point)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_packed": None, "_folds": {}, "_operands": None}
+        return {**self.__dict__, "_packs": {}, "_folded": None, "_operands": None}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._pack()
+        self._pack_ahead()
 
 
 class IntegerConv1d(IntegerConv, torch.nn.Conv1d):  # type: ignore[override]
@@ -250,7 +274,7 @@ class IntegerConv2d(IntegerConv, torch.nn.Conv2d):  # type: ignore[override]
     @property
     def accumulates(self) -> bool:  # type: ignore[override]
         """In two dimensions, which is what oneDNN adds in."""
-        return self.weight_int8.device.type == "cpu"
+        return self._on_cpu
 
 
 class IntegerConv3d(IntegerConv, torch.nn.Conv3d):  # type: ignore[override]

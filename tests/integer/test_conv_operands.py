@@ -1,0 +1,77 @@
+"""How a convolution hands its operands to the kernel, and modules that take over deferred results."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from calibrated import Net, close, outputs, simulated
+
+import fastforward as ff
+
+nn = torch.nn
+
+CONVOLUTIONS = {
+    "no padding": (lambda: nn.Conv2d(4, 8, 3), 12),
+    "pointwise": (lambda: nn.Conv2d(4, 8, 1), 12),
+    "weight smaller than the input": (lambda: nn.Conv2d(4, 8, 3, padding=1), 12),
+    "weight larger than the input": (lambda: nn.Conv2d(64, 64, 3, padding=1), 4),
+    "uneven": (lambda: nn.Conv2d(64, 64, (3, 5), padding=(1, 2), stride=(2, 1), dilation=(1, 1)), 5),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), 6),
+    "one dimension": (lambda: nn.Conv1d(64, 64, 5, padding=2), 6),
+    "three dimensions": (lambda: nn.Conv3d(32, 32, 3, padding=1), 3),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("offset", [0.0, 0.7])
+def test_real_zero_on_any_code(name: str, offset: float) -> None:
+    make, size = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    conv = make()
+    example = torch.rand(2, conv.in_channels, *[size] * (conv.weight.dim() - 2)) - offset
+    model = simulated(Net(lambda self, x: self.conv(x), conv=conv), example)
+    assert (int(model.conv.input_quantizer.rounded_zero_point()) == -128) == (offset == 0)
+    expected = outputs(model, example)
+    ff.convert(model)
+    assert close(expected, outputs(model, example, runs=2))
+
+
+MODULES = {
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "relu6": nn.ReLU6,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "gelu": nn.GELU,
+    "gelu tanh": lambda: nn.GELU("tanh"),
+    "batch norm": lambda: nn.BatchNorm2d(8, affine=False),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_take_over_deferred_results_and_still_take_tensors(name: str) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, 8, 6, 6)
+    layers = {"a": nn.Conv2d(8, 8, 3, padding=1), "b": nn.Conv2d(8, 8, 1), "module": MODULES[name]()}
+    model = simulated(Net(lambda self, x: self.b(self.module(self.a(x))), **layers).eval(), example)
+    expected = outputs(model, example)
+    ff.convert(model)
+    for other in (model, copy.deepcopy(model)):
+        actual = outputs(other, example, runs=3)
+        assert (expected - actual).square().sum() <= expected.square().sum() * 1e-4
+        link = {row.path: row for row in ff.integer.explain(other).integer}["a"]
+        assert (link.result, len(link.fused)) == ("uint8", 1)
+        assert other.module is other.module.__dict__["forward"].args[0]
+    torch.testing.assert_close(model.module(example.clone()), MODULES[name]().eval()(example.clone()))
+    assert pickle.loads(pickle.dumps(model.module)).training is False
+
+
+def test_a_norm_put_back_into_training_uses_its_batch() -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, 4, 8, 8)
+    net = Net(lambda self, x: self.bn(self.a(x)), a=nn.Conv2d(4, 4, 3), bn=nn.BatchNorm2d(4))
+    model = ff.convert(simulated(net, example))
+    model.bn.train()
+    with torch.no_grad():
+        assert model(example).mean().abs() < 1e-4
