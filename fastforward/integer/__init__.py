@@ -16,6 +16,7 @@ _NAMES = {
     "IntegerConvTranspose2d": "transposed",
     "IntegerConvTranspose3d": "transposed",
     "IntegerEmbedding": "embedding",
+    "IntegerEmbeddingBag": "embedding",
     "IntegerDynamicLinear": "dynamic",
     "WeightOnlyLinear": "weight_only",
 }

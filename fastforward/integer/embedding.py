@@ -1,4 +1,4 @@
-"""IntegerEmbedding: a table of int8 rows."""
+"""IntegerEmbedding and IntegerEmbeddingBag: tables of int8 rows."""
 
 from typing import Any
 
@@ -7,30 +7,33 @@ import torch
 from fastforward.exceptions import StateError
 from fastforward.integer.layer import become, output_from_json, output_to_json, successor
 from fastforward.integer.weights import integer_weight
-from fastforward.nn.embedding import QuantizedEmbedding
+from fastforward.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from fastforward.nn.quantizer import Quantizer
 
 
-class IntegerEmbedding(torch.nn.Embedding):
-    """Looks up int8 rows and scales what it found; the table takes a quarter of the memory.
+class IntegerTable(torch.nn.Module):
+    """What integer embeddings share: the table takes a quarter of the memory.
 
     Buffers ``weight_int8`` (``[num_embeddings, embedding_dim]``) and ``weight_scale`` (``[num_embeddings]``, float32)
     replace the float table.
     """
 
     holds_integers = True
+    _operator = ""
+    num_embeddings: int
+    embedding_dim: int
     weight_int8: torch.Tensor
     weight_scale: torch.Tensor
     output_quantizer: Quantizer | None
     output_dtype: torch.dtype
 
     @classmethod
-    def swap(cls, layer: QuantizedEmbedding, *, keep_float: bool = False) -> "IntegerEmbedding":
+    def swap(cls, layer: QuantizedEmbedding | QuantizedEmbeddingBag, *, keep_float: bool = False) -> "IntegerTable":
         """Turn a calibrated embedding into an integer one, in place."""
         integers, scale = integer_weight(layer.weight_quantizer, layer.weight)
         output_quantizer, dtype = layer.output_quantizer, layer.weight.dtype
         become(layer, cls, keep_float)
-        self: IntegerEmbedding = layer  # type: ignore[assignment]
+        self: IntegerTable = layer  # type: ignore[assignment]
         self.install(integers, scale, dtype, None if output_quantizer.is_stub() else output_quantizer)
         return self
 
@@ -42,16 +45,9 @@ class IntegerEmbedding(torch.nn.Embedding):
         self.register_buffer("weight_scale", scale)
         self.output_dtype, self.output_quantizer = dtype, output_quantizer
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Look up integer indices ``[*]``; returns ``[*, embedding_dim]``."""
-        rows = torch.nn.functional.embedding(input, self.weight_int8)
-        scale = torch.nn.functional.embedding(input, self.weight_scale[:, None])
-        y = (rows * scale).to(self.output_dtype)
-        return y if self.output_quantizer is None else self.output_quantizer(y)
-
     def chain_link(self) -> tuple[str, str, str, str]:
         """Operator, type of the input, type of the result and kernel, for a report."""
-        return "embedding", "int64", "float32", "int8 rows"
+        return self._operator, "int64", str(self.output_dtype).removeprefix("torch."), "int8 rows"
 
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
@@ -62,12 +58,12 @@ class IntegerEmbedding(torch.nn.Embedding):
     def from_quantization_state(
         cls, module: torch.nn.Module, tensors: dict[str, torch.Tensor], data: dict[str, Any]
     ) -> torch.nn.Module:
-        """The integer embedding for the place of ``module``, which stays as it is.
+        """The integer layer for the place of ``module``, which stays as it is.
 
         Raises:
             StateError: The state belongs to a layer of another kind or shape.
         """
-        new: IntegerEmbedding = successor(module, cls)
+        new: IntegerTable = successor(module, cls)
         expected = (new.num_embeddings, new.embedding_dim)
         if tuple(tensors["weight_int8"].shape) != expected or tensors["weight_int8"].dtype != torch.int8:
             msg = f"it has a table of shape {tuple(tensors['weight_int8'].shape)}, the model one of shape {expected}"
@@ -76,9 +72,58 @@ class IntegerEmbedding(torch.nn.Embedding):
         new.install(tensors["weight_int8"], tensors["weight_scale"], dtype, output_from_json(data["output"]))
         return new
 
+    def _looked_up(self, input: torch.Tensor) -> torch.Tensor:
+        """The rows that integer indices ``[*]`` name, as floats ``[*, embedding_dim]``."""
+        rows = torch.nn.functional.embedding(input, self.weight_int8)
+        scale = torch.nn.functional.embedding(input, self.weight_scale[:, None])
+        return (rows * scale).to(self.output_dtype)
+
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The float table that the integers stand for, computed now; the original one if it was kept."""
         if "weight" in self._parameters:
             return self._parameters["weight"]  # type: ignore[return-value]
         return (self.weight_int8 * self.weight_scale[:, None]).to(self.output_dtype)
+
+
+class IntegerEmbedding(IntegerTable, torch.nn.Embedding):  # type: ignore[misc]
+    """``torch.nn.Embedding`` that looks up int8 rows and scales what it found."""
+
+    _operator = "embedding"
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Look up integer indices ``[*]``; returns ``[*, embedding_dim]``."""
+        y = self._looked_up(input)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+
+class IntegerEmbeddingBag(IntegerTable, torch.nn.EmbeddingBag):  # type: ignore[misc]
+    """``torch.nn.EmbeddingBag`` that looks up int8 rows, scales what it found and reduces each bag."""
+
+    _operator = "embedding_bag"
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum, average or maximum of the rows of each bag; returns ``[bags, embedding_dim]``."""
+        rows = self._looked_up(input.flatten())
+        # The rows found are the table of a float bag, in the order of the bags.
+        places = torch.arange(input.numel(), device=input.device).view(input.shape)
+        padding = None
+        if self.padding_idx is not None:
+            padding = rows.shape[0]
+            rows = torch.cat((rows, rows.new_zeros(1, self.embedding_dim)))
+            places = places.masked_fill(input == self.padding_idx, padding)
+        y = torch.nn.functional.embedding_bag(
+            places,
+            rows,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+        return y if self.output_quantizer is None else self.output_quantizer(y)

@@ -9,7 +9,7 @@ import torch
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer.conv import IntegerConv, require_kernel
 from fastforward.integer.dynamic import IntegerDynamicLinear, require_dynamic
-from fastforward.integer.embedding import IntegerEmbedding
+from fastforward.integer.embedding import IntegerEmbedding, IntegerEmbeddingBag
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.linear import IntegerLinear
 from fastforward.integer.transposed import IntegerConvTranspose, require_transposed
@@ -24,7 +24,7 @@ from fastforward.nn.conv import (
     QuantizedConvTranspose3d,
 )
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
-from fastforward.nn.embedding import QuantizedEmbedding
+from fastforward.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.module import QuantizedModule
 
@@ -108,7 +108,7 @@ def _embedding(layer: Any, grids: Grids) -> Swap:
     if layer.max_norm is not None:
         msg = "an embedding with max_norm changes its table on every call"
         raise UnsupportedOperatorError(msg)
-    return IntegerEmbedding.swap
+    return IntegerEmbeddingBag.swap if isinstance(layer, QuantizedEmbeddingBag) else IntegerEmbedding.swap
 
 
 def _require_quantized(layer: Any, *roles: str) -> None:
@@ -127,4 +127,5 @@ _FORMS: dict[type[QuantizedModule], Callable[[Any, Grids], Swap]] = {
     QuantizedConvTranspose2d: _transposed,
     QuantizedConvTranspose3d: _transposed,
     QuantizedEmbedding: _embedding,
+    QuantizedEmbeddingBag: _embedding,
 }

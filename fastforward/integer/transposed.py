@@ -94,7 +94,8 @@ class IntegerConvTranspose(IntegerLayer):
         if kept is not None:
             return kept
         scale = self.weight_scale.view(self.groups, 1, -1, *[1] * len(self.kernel_size))
-        return (self.weight_int8.unflatten(0, (self.groups, -1)) * scale).flatten(0, 1)
+        weight: torch.Tensor = (self.weight_int8.unflatten(0, (self.groups, -1)) * scale).flatten(0, 1)
+        return weight
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Convolve ``[batch, in_channels, *size]`` transposed, in the dtype of ``input``."""
@@ -219,7 +220,8 @@ def phase_weight(weight: torch.Tensor, stride: tuple[int, ...], dilation: tuple[
 
 def _output_major(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """``[out_channels, in_channels / groups, *kernel]``."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    rows: torch.Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return rows
 
 
 def require_transposed(layer: Any) -> None:

@@ -11,7 +11,7 @@ from fastforward.nn.module import quantized_module_map
 
 nn = torch.nn
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Embedding)
+QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Embedding, nn.EmbeddingBag)
 
 
 def activation_quantizer(low: float, high: float, num_bits: int = 8, symmetric: bool = False) -> Any:
