@@ -12,7 +12,7 @@ import torch
 import fastforward as ff
 from fastforward.autoquant import PatternRule
 from fastforward.toggle import Toggle, _wrap_module_call
-from fastforward.toggle_settings import Settings
+from fastforward.toggle.settings import Settings
 
 SOURCE = """
 import torch

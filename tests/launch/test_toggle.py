@@ -13,8 +13,8 @@ import fastforward as ff
 from fastforward import toggle as toggle_module
 from fastforward.nn.module import QuantizedModule
 from fastforward.toggle import Toggle
-from fastforward.toggle_settings import Settings
-from fastforward.toggle_summary import summary, write_reports
+from fastforward.toggle.settings import Settings
+from fastforward.toggle.summary import summary, write_reports
 
 CALIBRATION = 3
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastforward.toggle_settings import Settings
+from fastforward.toggle.settings import Settings
 
 if TYPE_CHECKING:
-    from fastforward.toggle_session import Session
+    from fastforward.toggle.session import Session
 
 # Where torch's own wrappers keep the module that they wrap.
 _WRAPPED = {
@@ -76,7 +76,7 @@ class Toggle:
         return self._remember(module, session)
 
     def _begin(self, root: torch.nn.Module) -> "Session | None":
-        from fastforward.toggle_session import Session
+        from fastforward.toggle.session import Session
 
         try:
             session = Session(root, self.settings)
@@ -156,7 +156,7 @@ def _wrap_module_call(toggle: Toggle) -> None:
 
 def _say_goodbye(toggle: Toggle) -> None:
     if toggle.sessions or toggle.left_alone or not _works_for_another_process():
-        from fastforward.toggle_summary import summary, write_reports
+        from fastforward.toggle.summary import summary, write_reports
 
         for session in toggle.sessions:
             session.finish()

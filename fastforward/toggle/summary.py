@@ -7,8 +7,8 @@ from pathlib import Path
 from fastforward.diagnostics.covering import Coverage
 from fastforward.diagnostics.reporting import report
 from fastforward.exceptions import FastForwardError
-from fastforward.toggle_session import Session
-from fastforward.toggle_settings import Settings
+from fastforward.toggle.session import Session
+from fastforward.toggle.settings import Settings
 
 
 def summary(settings: Settings, sessions: Sequence[Session], left_alone: Mapping[str, str]) -> str:

@@ -24,8 +24,8 @@ from fastforward.nn.quantizer import Quantizer, QuantizerStub
 from fastforward.selection import schemes
 from fastforward.selection.config import QuantizationConfig
 from fastforward.selection.scheme import Scheme
-from fastforward.toggle_debug import show_choices, show_modules
-from fastforward.toggle_settings import Settings
+from fastforward.toggle.debug import show_choices, show_modules
+from fastforward.toggle.settings import Settings
 
 
 class Session:
