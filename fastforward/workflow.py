@@ -23,6 +23,7 @@ from fastforward.calibration.smoothing import without_smoothing
 from fastforward.calibration.undo import Undo
 from fastforward.diagnostics.covering import Coverage, measure, unreached
 from fastforward.exceptions import CalibrationError, QuantizationError, QuantizationWarning
+from fastforward.nn.call_paths import share_unreached
 from fastforward.nn.conversion import dequantize_model, quantize_model
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.module import QuantizedModule
@@ -130,6 +131,7 @@ class _Calibration:
             if folded:
                 flow, samples = self._record()
         self._observe(flow, samples, smoothing)
+        share_unreached(self.model, lambda path: flow.reached.isdisjoint(path))
         if {"round_weights", "correct_bias"} & set(self.scheme.steps):
             calibration_steps.refine_linears(self.model, flow, samples, self.scheme.steps, self.undo)
         if "correct_bias" in self.scheme.steps:

@@ -12,12 +12,25 @@ if TYPE_CHECKING:
 
 
 def apply(quantizer: Any, value: Any) -> Any:
-    """Quantize ``value``: a tensor, or the tensors of a list or tuple; anything else passes through."""
+    """Quantize ``value``: a tensor, those of a list or tuple, what ``torch.fx`` traces; anything else passes."""
     if isinstance(value, torch.Tensor):
         return quantizer(value)
     if type(value) in (list, tuple):
         return type(value)(apply(quantizer, item) for item in value)
-    return value
+    return quantizer(value) if isinstance(value, torch.fx.Proxy) else value
+
+
+def method_name(function: Any) -> str:
+    """The name of a function or method; of a method of a value that ``torch.fx`` traces too."""
+    return str(function.attr if isinstance(function, torch.fx.Proxy) else function.__name__)
+
+
+def receiver_of(function: Any) -> Any:
+    """The tensor, or the value that stands for one while tracing, whose method ``function`` is; ``None`` otherwise."""
+    if isinstance(function, torch.fx.Proxy):
+        return function.root  # type: ignore[attr-defined]
+    me = getattr(function, "__self__", None)
+    return me if isinstance(me, torch.Tensor) else None
 
 
 class DynamicOperator:
@@ -33,7 +46,7 @@ class DynamicOperator:
             return
         line = scope.unit.call_lines[number]
         for site in dynamic_sites(found, line, scope.unit.call_path(number)):
-            self.names[site.argument or ""] = scope.owner._ff_add_stub(scope.full_name(site.name), site, scope.unit)
+            self.names[site.argument or ""] = scope.owner._ff_add_stub(scope.stub_name(site), site, scope.unit)
         self.refresh()
 
     def refresh(self) -> None:
@@ -46,9 +59,10 @@ class DynamicOperator:
     def __call__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
             return function(*args, **kwargs)
-        if isinstance(getattr(function, "__self__", None), torch.Tensor):
-            receiver, *rest = self._positional((function.__self__, *args))
-            function, args = getattr(receiver, function.__name__), tuple(rest)
+        receiver = receiver_of(function)
+        if receiver is not None:
+            receiver, *rest = self._positional((receiver, *args))
+            function, args = getattr(receiver, method_name(function)), tuple(rest)
         else:
             args = self._positional(args)
         kwargs = {name: self._quantized(name, value) for name, value in kwargs.items()}

@@ -77,6 +77,7 @@ class Unit:
         call_sites: For each numbered call, the site of its result if it turns out to be the operator it looks like.
         static_calls: Numbered calls whose callee is a function known from the source.
         self_calls: Numbered calls of the form ``self.name(...)``.
+        module_calls: Numbered calls of the form ``self.name.name(...)``: the names.
         dispatch: Output site -> the function that a custom operator table gives for the operator.
     """
 
@@ -89,6 +90,7 @@ class Unit:
     call_sites: list[int | None] = field(default_factory=list)
     static_calls: dict[int, types.FunctionType] = field(default_factory=dict)
     self_calls: dict[int, str] = field(default_factory=dict)
+    module_calls: dict[int, tuple[str, ...]] = field(default_factory=dict)
     dispatch: dict[int, Any] = field(default_factory=dict)
     metadata: dict[int, Any] = field(default_factory=dict)
 
@@ -238,7 +240,7 @@ class Engine:
             _apply_patterns(self.patterns, node, function, resolve)
         marks = mark(node, self.context(node, located, resolve))
         calls = _numbered_calls(node, marks)
-        statics = _static_calls(calls, resolve, self)
+        statics, me = _static_calls(calls, resolve, self), _receiver(node)
         unit = Unit(
             original=code,
             code=code,
@@ -249,7 +251,8 @@ class Engine:
             call_sites=[site.index if (site := marks.calls[id(call)].site) is not None else None for call in calls],
             static_calls=statics,
             dispatch=_dispatched(marks),
-            self_calls={n: name for n, call in enumerate(calls) if (name := _self_method(call.func)) is not None},
+            self_calls={n: names[0] for n, call in enumerate(calls) if len(names := _on(me, call.func)) == 1},
+            module_calls={n: names for n, call in enumerate(calls) if (names := _on(me, call.func))},
         )
         rewrite(node, marks)
         unit.code = _compile(tree, code, located.rank)
@@ -434,9 +437,19 @@ def _last_name(callee: Any) -> str:
     return str(name) if name else "call"
 
 
-def _self_method(callee: Any) -> str | None:
-    is_self = hasattr(callee, "attr") and getattr(callee.value, "id", None) == "self"
-    return callee.attr if is_self else None
+def _receiver(node: FunctionNode) -> str:
+    """What a method calls the object it is called on."""
+    positional = [*node.args.posonlyargs, *node.args.args]
+    return positional[0].arg if positional else "self"
+
+
+def _on(me: str, callee: Any) -> tuple[str, ...]:
+    """``("a", "b")`` of ``me.a.b``."""
+    names: list[str] = []
+    while hasattr(callee, "attr"):
+        names.append(callee.attr)
+        callee = callee.value
+    return tuple(reversed(names)) if getattr(callee, "id", None) == me else ()
 
 
 @functools.lru_cache(maxsize=64)

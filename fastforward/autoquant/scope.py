@@ -14,18 +14,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from fastforward.autoquant.dynamic import DynamicOperator, apply
-from fastforward.autoquant.sites import nested_name
+from fastforward.autoquant.callpath import FIRST, Announced, taken
+from fastforward.autoquant.dynamic import DynamicOperator, apply, method_name
+from fastforward.autoquant.sites import PARAMETER, Site, nested_name, on_call_path
+from fastforward.exceptions import QuantizationError
 
 if TYPE_CHECKING:
     from fastforward.autoquant.optable import Operator
     from fastforward.autoquant.recompile import Engine, Unit
 
 SCOPES = "_ff_scopes"
+CALLS = "_ff_calls"
 SCOPE_ARGUMENT = "_ff"
 # A function object made anew in each call (a closure) would otherwise be kept once per call.
 _CLOSURES_KEPT = 8
-_STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT = range(6)
+_STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT, _MODULE = range(7)
+
+
+Known = tuple[int, Any, Any, "Scope | None"]
+"""What eager execution found at a call site: how it was called, the callee, what is called instead, and its scope."""
 
 
 class Scope:
@@ -35,16 +42,24 @@ class Scope:
         owner: Module instance that holds the stubs; ``None`` for code that runs on no quantized instance.
         unit: The rewritten function.
         plan: For each site its active quantizer, or ``None`` while a stub stands there.
+        index: The call path of the owner that this scope is on.
+        label: Where in the owner's ``forward`` the function runs; ``None`` in methods that others call directly.
+        caller: The scope that the owner is called from on this path, of a root on another than the first.
+        met: The modules that it called, by call site and ``id``, as they are called from there.
     """
 
     __slots__ = (
         "bound",
+        "caller",
         "calls",
         "children",
         "direct",
         "dynamic",
         "engine",
+        "index",
+        "label",
         "memo",
+        "met",
         "names",
         "owner",
         "parent",
@@ -53,20 +68,32 @@ class Scope:
     )
 
     def __init__(
-        self, engine: "Engine", unit: "Unit", owner: Any, parent: "Scope | None", callee: str, path: tuple[int, ...]
+        self,
+        engine: "Engine",
+        unit: "Unit",
+        owner: Any,
+        parent: "Scope | None",
+        callee: str,
+        path: tuple[int, ...],
+        *,
+        label: str | None = None,
+        index: int = FIRST,
     ) -> None:
         self.engine, self.unit, self.owner, self.parent = engine, unit, owner, parent
         self.calls = (callee, path)
+        self.label, self.index = label, index
+        self.caller: Scope | None = None
+        self.met: dict[tuple[int, int], Callable[..., Any]] = {}
         self.children: dict[tuple[int, int], Scope] = {}
         self.dynamic: dict[tuple[int, str], DynamicOperator] = {}
-        self.memo: dict[int, tuple[int, Any]] = {}
+        self.memo: dict[int, tuple[Known, ...]] = {}
         # What a call site found last, and what to call for it: a shortcut past resolution.
         self.direct: dict[int, tuple[Any, Callable[..., Any]]] = {}
         self.bound: dict[types.FunctionType, types.FunctionType] = {}
         self.names: tuple[str, ...] = ()
         self.plan: list[Any] = [None] * (len(unit.sites) + 1)
         if owner is not None:
-            self.names = tuple(owner._ff_add_stub(self.full_name(site.name), site, unit) for site in unit.sites)
+            self.names = tuple(owner._ff_add_stub(self.stub_name(site), site, unit) for site in unit.sites)
             self.refresh()
             self._known_children()
 
@@ -82,6 +109,15 @@ class Scope:
         if callee:
             name = nested_name(callee, name, path)
         return name if self.parent is None else self.parent.full_name(name)
+
+    def stub_name(self, site: Site) -> str:
+        """The owner's attribute for ``site`` on this call path; parameters are the same on all of them."""
+        name = self.full_name(site.name)
+        return name if self.index == FIRST or site.role.startswith(PARAMETER) else on_call_path(name, self.index)
+
+    def root(self) -> "Scope":
+        """The scope of the method by which the owner was entered."""
+        return self if self.parent is None else self.parent.root()
 
     def refresh(self) -> None:
         """Recompute the plan of this scope and everything below, after quantizers were attached or removed."""
@@ -101,11 +137,55 @@ class Scope:
     def _known_children(self) -> None:
         """Make the scopes of the helpers that the source names, so that their stubs exist before the first run."""
         for number, function in self.unit.static_calls.items():
-            self.child(number, function)
+            self._expect(number, function, _FUNCTION)
         for number, name in self.unit.self_calls.items():
             function = inspect.getattr_static(type(self.owner), name, None)
             if isinstance(function, types.FunctionType) and self.engine.is_known_helper(function):
-                self.child(number, function)
+                self._expect(number, function, _METHOD)
+
+    def _expect(self, number: int, function: types.FunctionType, how: int) -> None:
+        child = self.child(number, function)
+        if child is not None:
+            self._remember(number, how, function, self._bound(function, child), child)
+
+    # -------------------------------------------------------------- the modules it calls
+    def meet_known(self) -> None:
+        """Meet the modules that the source names, so that their stubs exist before the first run."""
+        if self.label is None:
+            return
+        for number, names in self.unit.module_calls.items():
+            module = _submodule(self.owner, names)
+            if not getattr(type(module), "call_paths", False) or (number, id(module)) in self.met:
+                continue
+            self.meet(number, module)
+            forward = module.__dict__.get(SCOPES, _NOTHING).get("forward")
+            if forward is not None:  # its calls come before those of later call paths
+                forward.meet_known()
+        for child in self.children.values():
+            if child.parent is self:
+                child.meet_known()
+
+    def meet(self, number: int, module: Any) -> Callable[..., Any]:
+        """What to call for ``module`` at call site ``number``, so that it runs on the call path that begins here."""
+        known = self.met.get((number, id(module)))
+        if known is not None:
+            return known
+        index = FIRST
+        if self.label is not None and self.owner is not None and module is not self.owner:
+            index = module._ff_call_index(f"{self.owner._ff_identity()}:{self.label}:{number}", self)
+        target: Callable[..., Any] = module
+        if index != FIRST:
+            target = Announced(module, index)
+            self._remember(number, _MODULE, module, target, None)
+        self.met[number, id(module)] = target
+        return target
+
+    @property
+    def announces(self) -> bool:
+        """Whether a module runs on another than its first call path because of this scope or one below it."""
+        if any(how == _MODULE for found in self.memo.values() for how, *_ in found):
+            return True
+        return any(child.announces for child in self.children.values() if child.parent is self)
 
     # -------------------------------------------------------------- what rewritten code calls
     def q(self, index: int, value: Any) -> Any:
@@ -131,11 +211,13 @@ class Scope:
         if torch.compiler.is_compiling():
             return self.call_compiled(number, function, args, kwargs)
         kind = type(function)
-        if kind in _module_types:
+        if kind in _plain_modules:
             return function(*args, **kwargs)
         known = self.direct.get(number)
         if known is not None and known[0] is function:
             return known[1](*args, **kwargs)
+        if kind in _quantized_modules:
+            return self.meet(number, function)(*args, **kwargs)
         if kind is types.MethodType:
             if known is not None and known[0] is function.__func__ and function.__self__ is self.owner:
                 return known[1](function.__self__, *args, **kwargs)
@@ -155,6 +237,8 @@ class Scope:
     def resolve(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Find out what ``function`` is, and call it accordingly."""
         kind = type(function)
+        if isinstance(function, torch.fx.Proxy):
+            return self._operator(number, self.engine.table.find_method(method_name(function)), function, args, kwargs)
         me = getattr(function, "__self__", None)
         if isinstance(me, type) and issubclass(me, torch.autograd.Function):
             return self._operator(number, self.engine.autograd_operator(me), function, args, kwargs)
@@ -165,8 +249,13 @@ class Scope:
         if kind is types.MethodType:
             return self._method(number, function, args, kwargs)
         if isinstance(function, torch.nn.Module):
-            _module_types.add(kind)
-            return function(*args, **kwargs)
+            if not getattr(kind, "call_paths", False):
+                _plain_modules.add(kind)
+                return function(*args, **kwargs)
+            _quantized_modules.add(kind)
+            target = self.meet(number, function)
+            self.direct[number] = function, target
+            return target(*args, **kwargs)
         if kind is functools.partial:
             return self.resolve(number, function.func, function.args + args, {**function.keywords, **kwargs})
         if isinstance(function, type):
@@ -191,7 +280,7 @@ class Scope:
         if function is torch.backends.mha.get_fastpath_enabled:
             # A fast path computes whole layers in one operator: it must go once a quantizer below would be bypassed.
             enabled = function() and not self._active_below()
-            self.memo[number] = _CONSTANT, enabled
+            self.memo[number] = ((_CONSTANT, function, enabled, None),)
             return enabled
         if kind == "operator":
             return self._operator(number, self.engine.table.find_callable(function), function, args, kwargs)
@@ -228,7 +317,7 @@ class Scope:
         if unit is None:
             return method(*args, **kwargs)
         bound = self.engine.bind(method.__func__, MethodEntry(self.engine, method.__func__.__name__, unit))
-        self.memo[number] = _METHOD, bound
+        self._remember(number, _METHOD, method.__func__, bound, None)
         return bound(method.__self__, *args, **kwargs)
 
     def _object(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -250,15 +339,25 @@ class Scope:
         if child is None:
             arguments = args if how == _FUNCTION else args[1:]
             return original(*arguments, **kwargs)
+        bound = self._bound(function, child)
+        if function in child.bound:
+            self._remember(number, how, type(original) if how == _OBJECT else function, bound, child)
+            if how != _OBJECT:
+                self.direct[number] = function, bound
+        return bound(*args, **kwargs)
+
+    def _bound(self, function: types.FunctionType, child: "Scope") -> Any:
         bound = child.bound.get(function)
         if bound is None:
             bound = self.engine.bind(function, child)
             if len(child.bound) < _CLOSURES_KEPT:
                 child.bound[function] = bound
-        self.memo[number] = how, bound
-        if how != _OBJECT and function in child.bound:
-            self.direct[number] = function, bound
-        return bound(*args, **kwargs)
+        return bound
+
+    def _remember(self, number: int, how: int, callee: Any, what: Any, child: "Scope | None") -> None:
+        known = self.memo.get(number, ())
+        if not any(other is callee and instead == what for _, other, instead, _ in known):
+            self.memo[number] = (*known, (how, callee, what, child))
 
     def child(self, number: int, function: Any) -> "Scope | None":
         """The scope for calling ``function`` at call site ``number``; ``None`` if it cannot be rewritten."""
@@ -272,7 +371,10 @@ class Scope:
         # A decorator's wrapper and what it wraps are one function to the user.
         wrapped = self.unit.is_wrapper and unit.callee == self.unit.callee
         callee, path = ("", ()) if wrapped else (unit.callee, self.unit.call_path(number))
-        scope = self._ancestor(unit) or Scope(self.engine, unit, self.owner, self, callee, path)
+        scope = self._ancestor(unit)
+        if scope is None:
+            label = None if self.label is None else f"{self.label}/{number}{unit.callee}"
+            scope = Scope(self.engine, unit, self.owner, self, callee, path, label=label, index=self.index)
         self.children[key] = scope
         return scope
 
@@ -306,36 +408,60 @@ class Scope:
     def _operator(
         self, number: int, found: "Operator | None", function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if found is None or found.kind == "move" or function.__name__.endswith("_"):
+        if found is None or found.kind == "move" or method_name(function).endswith("_"):
             return function(*args, **kwargs)
         index = self.unit.call_sites[number]
+        # The method of a tensor is another object in each call, and would keep the tensor.
+        callee = function if self.engine.table.find_callable(function) is found else None
         if index is not None:
-            self.memo[number] = _STATIC, index
+            self._remember(number, _STATIC, callee, index, None)
             return self.op(index, function, *args, **kwargs)
         key = number, found.identifier
         dynamic = self.dynamic.get(key)
         if dynamic is None:
             dynamic = self.dynamic[key] = DynamicOperator(self, number, found)
-        self.memo[number] = _DYNAMIC, dynamic
+        self._remember(number, _DYNAMIC, callee, dynamic, None)
         return dynamic(function, args, kwargs)
 
     def call_compiled(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As ``call``; a compiler cannot hash or inspect callables, so what eager execution found is trusted."""
-        known = self.memo.get(number)
-        if known is None:
-            return function(*args, **kwargs)
-        how, what = known
-        if how == _STATIC:
-            return self.op(what, function, *args, **kwargs)
-        if how == _DYNAMIC:
-            return what(function, args, kwargs)
-        if how == _FUNCTION:
-            return what(*args, **kwargs)
-        if how == _CONSTANT:
-            return what
-        if how == _METHOD:
-            return what(function.__self__, *args, **kwargs)
-        return what(function, *args, **kwargs)
+        """As ``call``, by what eager execution found: a compiler cannot hash or inspect callables, but can compare them."""
+        known = self.memo.get(number, ())
+        for how, callee, what, _ in known:
+            if how == _CONSTANT:
+                return what
+            if how == _METHOD:
+                if getattr(function, "__func__", None) is callee:
+                    return what(function.__self__, *args, **kwargs)
+            elif how == _OBJECT:
+                if type(function) is callee:
+                    return what(function, *args, **kwargs)
+            elif function is callee:
+                if how in (_STATIC, _DYNAMIC):
+                    return self._operator_again(how, what, function, args, kwargs)
+                return what(*args, **kwargs)
+        for how, callee, what, _ in known:
+            if callee is None:
+                return self._operator_again(how, what, function, args, kwargs)
+        if any(child is not None and child.is_active() for *_, child in known) or self._is_pending():
+            where = f"{self.unit.original.co_filename}:{self.unit.call_lines[number]}"
+            msg = f"{where} calls what no eager run of the quantized model has called: run the model once before compiling it"
+            raise QuantizationError(msg)
+        return function(*args, **kwargs)
+
+    def _operator_again(self, how: int, what: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.op(what, function, *args, **kwargs) if how == _STATIC else what(function, args, kwargs)
+
+    def is_active(self) -> bool:
+        """Whether a quantizer acts in the function or in what it calls."""
+        if any(quantizer is not None for quantizer in self.plan):
+            return True
+        if any(dynamic.active for dynamic in self.dynamic.values()):
+            return True
+        return any(child.is_active() for child in self.children.values() if child.parent is self)
+
+    def _is_pending(self) -> bool:
+        """Whether a loaded state holds quantizers for sites that no run has shown yet."""
+        return self.owner is not None and bool(self.owner.__dict__.get("_ff_pending"))
 
 
 class MethodEntry:
@@ -348,24 +474,45 @@ class MethodEntry:
 
     def enter(self, me: Any = None, *_: Any) -> Scope:
         """The scope of method ``name`` for the instance ``me``."""
-        scopes = getattr(me, "__dict__", _NOTHING).get(SCOPES)
+        state = getattr(me, "__dict__", _NOTHING)
+        scopes = state.get(SCOPES)
         if scopes is None:
-            return self.create(me)
-        scope: Scope | None = scopes.get(self.name)
-        return self.create(me) if scope is None else scope
+            return self._begin(me, FIRST)
+        if CALLS in state and self.name == "forward":
+            index = taken(me)
+            if index != FIRST:
+                scope: Scope | None = scopes.get((self.name, index))
+                return self._begin(me, index) if scope is None else scope
+        scope = scopes.get(self.name)
+        return self._begin(me, FIRST) if scope is None else scope
 
-    def create(self, me: Any) -> Scope:
-        """Make the scope; an object that is no quantized module gets one without stubs."""
+    def _begin(self, me: Any, index: int) -> Scope:
+        scope = self.create(me, index)
+        scope.meet_known()
+        return scope
+
+    def create(self, me: Any, index: int = FIRST) -> Scope:
+        """Make the scope for call path ``index``; an object that is no quantized module gets one without stubs."""
         owner = me if hasattr(type(me), "_ff_add_stub") else None
-        callee = "" if self.name == "forward" else self.name
-        scope = Scope(self.engine, self.unit, owner, None, callee, ())
+        is_forward = self.name == "forward"
+        callee, label = ("", str(index)) if is_forward else (self.name, None)
+        scope = Scope(self.engine, self.unit, owner, None, callee, (), label=label, index=index)
         if owner is not None:
-            owner.__dict__.setdefault(SCOPES, {})[self.name] = scope
+            key = self.name if index == FIRST else (self.name, index)
+            owner.__dict__.setdefault(SCOPES, {})[key] = scope
         return scope
 
 
 _NOTHING: Final[dict[str, Any]] = {}
-_module_types: set[type] = set()
+_plain_modules: set[type] = set()
+_quantized_modules: set[type] = set()
+
+
+def _submodule(owner: Any, names: tuple[str, ...]) -> Any:
+    """``owner.a.b`` as far as it is a submodule; nothing is looked up that could run code of the user."""
+    for name in names:
+        owner = None if owner is None else owner._modules.get(name)
+    return owner
 
 
 def _binary(name: str) -> Callable[..., Any]:

@@ -65,3 +65,12 @@ def nested_name(callee: str, name: str, path: Sequence[int] = ()) -> str:
     """
     suffix = "".join(f"_{number}" for number in path)
     return f"quantizer_{callee}_{name.removeprefix('quantizer_')}{suffix}"
+
+
+def on_call_path(name: str, index: int) -> str:
+    """The quantizer that stands where ``name`` does when its module runs on call path ``index``.
+
+    >>> on_call_path("output_quantizer", 2)
+    'output_quantizer_call2'
+    """
+    return f"{name}_call{index}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastforward.calibration.min_max import MinMax, forget_latest
 from fastforward.calibration.observer import Observer
 from fastforward.exceptions import CalibrationError, QuantizationWarning
+from fastforward.nn.call_paths import share_unreached
 from fastforward.nn.quantizer import OverrideHandle, Quantizer
 from fastforward.quantization.affine import Grid
 from fastforward.quantization.granularity import Granularity
@@ -209,8 +210,23 @@ def estimate_ranges(
     finally:
         estimation.freeze()
     estimation.merge_processes()
+    if isinstance(target, torch.nn.Module):
+        _share_unseen(target, estimation)
     report_unseen(estimation, missing)
     estimation.set_ranges()
+
+
+def _share_unseen(model: torch.nn.Module, estimation: RangeEstimation) -> None:
+    """A call of a shared layer that did not run takes the ranges of one that did."""
+    unseen = set(estimation.unseen)
+
+    def is_dead(path: Mapping[str, Quantizer]) -> bool:
+        active = [name for name, quantizer in path.items() if not quantizer.is_stub()]
+        return bool(active) and unseen.issuperset(active)
+
+    share_unreached(model, is_dead)
+    left = {id(quantizer) for _, quantizer in observable(model)}
+    estimation.sites = {name: site for name, site in estimation.sites.items() if id(site.quantizer) in left}
 
 
 def observe_once(quantizer: Quantizer, x: Tensor) -> None:

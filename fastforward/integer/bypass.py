@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastforward.autoquant.scope import SCOPES
 from fastforward.nn.rewritten import RewrittenModule
 
 
@@ -19,6 +20,8 @@ def bypass_rewriting(model: torch.nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, RewrittenModule) or not module._float_only or "forward" in module.__dict__:
             continue
+        if any(scope.announces for scope in module.__dict__.get(SCOPES, {}).values()):
+            continue  # what it calls is to know on which call path
         if module.float_class is not None and not _has_fast_path(module.float_class):
             forward: Any = functools.partial(_forward, module)
             forward.__signature__ = inspect.signature(types.MethodType(module.float_class.forward, module))

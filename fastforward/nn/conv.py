@@ -21,14 +21,17 @@ class _QuantizedConv(QuantizedModule, include_in_module_map=False):
     bias_quantizer: Quantizer | None
     output_quantizer: Quantizer
     _operator = ""
+    call_paths = True
 
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
         add_operand_stubs(self, self._operator, _ROLES)
         self._simulated_weight = SimulatedWeight()
 
-    def _quantized_operands(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        x = self.input_quantizer(input)
+    def _quantized_operands(
+        self, input: torch.Tensor, here: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        x = here.input_quantizer(input)
         weight = self._simulated_weight.get(self.weight_quantizer, self.weight)
         return x, weight, quantize_parameter(self.bias_quantizer, self.bias)
 
@@ -40,8 +43,9 @@ class _QuantizedForwardConv(_QuantizedConv, include_in_module_map=False):
         """Convolve ``[batch, in_channels, *size]``; the padding mode is applied to the quantized input."""
         if self._float_only:
             return super().forward(input)
-        x, weight, bias = self._quantized_operands(input)
-        return self.output_quantizer(self._conv_forward(x, weight, bias))
+        here = self.at_call()
+        x, weight, bias = self._quantized_operands(input, here)
+        return here.output_quantizer(self._conv_forward(x, weight, bias))
 
 
 class QuantizedConv1d(_QuantizedForwardConv, torch.nn.Conv1d):
@@ -76,7 +80,8 @@ class _QuantizedTransposedConv(_QuantizedConv, include_in_module_map=False):
         """Convolve transposed; ``output_size`` picks the padding of the output as in torch."""
         if self._float_only or self.padding_mode != "zeros":
             return super().forward(input, output_size)
-        x, weight, bias = self._quantized_operands(input)
+        here = self.at_call()
+        x, weight, bias = self._quantized_operands(input, here)
         extra = self._output_padding(
             input,
             output_size,
@@ -88,7 +93,7 @@ class _QuantizedTransposedConv(_QuantizedConv, include_in_module_map=False):
         )
         function = type(self)._functional
         y = function(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
-        return self.output_quantizer(y)
+        return here.output_quantizer(y)
 
 
 class QuantizedConvTranspose1d(_QuantizedTransposedConv, torch.nn.ConvTranspose1d):

@@ -9,9 +9,10 @@ import torch
 from fastforward.autoquant.bind import bound_engine, engine_for
 from fastforward.autoquant.optable import OperatorTable
 from fastforward.autoquant.recompile import Engine
-from fastforward.autoquant.scope import SCOPES, Scope
+from fastforward.autoquant.scope import CALLS, SCOPES, Scope
 from fastforward.exceptions import AutoquantError, QuantizationError
 from fastforward.nn import layers  # noqa: F401  (registers the hand-written layers)
+from fastforward.nn.call_paths import HERE, IDENTITY, meet_modules
 from fastforward.nn.module import QuantizedModule, quantized_module_map
 from fastforward.nn.quantizer import Quantizer
 from fastforward.nn.rewritten import ADDED, RewrittenModule, companion, has_forward, swap, warn_float
@@ -24,7 +25,7 @@ SKIP_QUANTIZATION: Final = "skip"
 
 Target: TypeAlias = type[QuantizedModule] | None
 Skip: TypeAlias = Collection[Any] | Callable[[str, torch.nn.Module], bool] | None
-_OWN_STATE = ("_float_only", "_stubs_live", "_ff_sites", "_ff_forward", ADDED, SCOPES)
+_OWN_STATE = ("_float_only", "_stubs_live", "_ff_sites", "_ff_forward", ADDED, SCOPES, CALLS, IDENTITY, HERE)
 
 
 def quantize_model(
@@ -78,6 +79,7 @@ def quantize_model(
             swap(module, target)
             _swap_instance_forward(module)
             done.append(module)
+        meet_modules(model)
     except BaseException:
         for module in done:
             _restore(module)
@@ -145,7 +147,7 @@ class QuantizedFunction(RewrittenModule):
         scopes = self.__dict__.setdefault(SCOPES, {})
         engine = bound_engine(self.function) or engine_for()
         if "" not in scopes:
-            scopes[""] = Scope(engine, engine.require_unit(self.function), self, None, "", ())
+            scopes[""] = Scope(engine, engine.require_unit(self.function), self, None, "", (), label="")
             self.__dict__["_ff_forward"] = engine.bind(self.function, scopes[""])
         return self.__dict__["_ff_forward"]  # type: ignore[no-any-return]
 

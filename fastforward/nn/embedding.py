@@ -14,6 +14,7 @@ class _QuantizedTable(QuantizedModule, include_in_module_map=False):
     weight_quantizer: Quantizer
     output_quantizer: Quantizer
     _operator = ""
+    call_paths = True
 
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
@@ -37,11 +38,11 @@ class QuantizedEmbedding(_QuantizedTable, torch.nn.Embedding):
         """Look up integer indices ``[*]``; returns ``[*, embedding_dim]``."""
         if self._float_only:
             return super().forward(input)
-        weight = self._quantized_table(input)
+        here, weight = self.at_call(), self._quantized_table(input)
         y = torch.nn.functional.embedding(
             input, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
-        output: torch.Tensor = self.output_quantizer(y)
+        output: torch.Tensor = here.output_quantizer(y)
         return output
 
 
@@ -59,7 +60,7 @@ class QuantizedEmbeddingBag(_QuantizedTable, torch.nn.EmbeddingBag):
         """Sum, average or maximum of the rows of each bag; returns ``[bags, embedding_dim]``."""
         if self._float_only:
             return super().forward(input, offsets, per_sample_weights)
-        weight = self._quantized_table(input)
+        here, weight = self.at_call(), self._quantized_table(input)
         y = torch.nn.functional.embedding_bag(
             input,
             weight,
@@ -73,5 +74,5 @@ class QuantizedEmbeddingBag(_QuantizedTable, torch.nn.EmbeddingBag):
             self.include_last_offset,
             self.padding_idx,
         )
-        output: torch.Tensor = self.output_quantizer(y)
+        output: torch.Tensor = here.output_quantizer(y)
         return output

@@ -23,6 +23,7 @@ class QuantizedLinear(QuantizedModule, torch.nn.Linear):
     bias_quantizer: Quantizer | None
     output_quantizer: Quantizer
     smoothing: torch.Tensor | None
+    call_paths = True
 
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
@@ -34,11 +35,11 @@ class QuantizedLinear(QuantizedModule, torch.nn.Linear):
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
         if self._float_only:
             return super().forward(input)
-        smoothing = self.smoothing
+        here, smoothing = self.at_call(), self.smoothing
         # Multiplied by the reciprocal, not divided: integer layers do the same and round alike.
         x = input if smoothing is None else input * smoothing.reciprocal()
-        x = self.input_quantizer(x)
+        x = here.input_quantizer(x)
         weight = self._simulated_weight.get(self.weight_quantizer, self.weight, smoothing)
         bias = quantize_parameter(self.bias_quantizer, self.bias)
-        y: torch.Tensor = self.output_quantizer(torch.nn.functional.linear(x, weight, bias))
+        y: torch.Tensor = here.output_quantizer(torch.nn.functional.linear(x, weight, bias))
         return y

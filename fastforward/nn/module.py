@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Self
 
+from fastforward.autoquant.scope import CALLS
 from fastforward.exceptions import QuantizationError
+from fastforward.nn.call_paths import IDENTITY, call_index, here, new_identity, refresh_here, stubs_for_call
 from fastforward.nn.quantizer import Quantizer
 from fastforward.nn.stub_roles import describe_by_name
 
@@ -37,6 +39,8 @@ class QuantizedModule(torch.nn.Module):
     """
 
     float_class: ClassVar[type[torch.nn.Module] | None] = None
+    call_paths: ClassVar[bool] = False
+    """Whether the class finds its quantizers through :meth:`at_call` and so can have others for each call path."""
     _float_only: bool = True
     _stubs_live: bool = False
 
@@ -87,6 +91,26 @@ class QuantizedModule(torch.nn.Module):
         for _, quantizer in self.named_quantizers(recurse=recurse, skip_stubs=skip_stubs):
             yield quantizer
 
+    def at_call(self) -> Any:
+        """What holds the quantizers of the call that begins now: the module, or those of another call path.
+
+        The ``forward`` of a hand-written class with ``call_paths = True`` asks once, and reads all quantizers of
+        activations from the answer.
+        """
+        return here(self) if CALLS in self.__dict__ else self
+
+    def _ff_call_index(self, label: str, scope: Any) -> int:
+        return call_index(self, label, scope)
+
+    def _ff_identity(self) -> str:
+        if IDENTITY not in self.__dict__:
+            self.__dict__[IDENTITY] = new_identity()
+        return self.__dict__[IDENTITY]  # type: ignore[no-any-return]
+
+    def _ff_add_call_path(self, index: int, caller: Any) -> None:
+        for name, stub in stubs_for_call(self, index).items():
+            setattr(self, name, stub)
+
     def quantizer_state_dict(self) -> dict[str, torch.Tensor]:
         """The part of ``state_dict()`` that belongs to quantizers."""
         names = tuple(f"{name}." for name, _ in self.named_quantizers())
@@ -99,6 +123,8 @@ class QuantizedModule(torch.nn.Module):
         object.__setattr__(self, "_float_only", not active)
         for scope in self.__dict__.get("_ff_scopes", {}).values():
             scope.refresh()
+        if CALLS in self.__dict__ and not hasattr(self, "_ff_add_stub"):
+            refresh_here(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Quantizer):

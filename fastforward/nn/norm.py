@@ -16,6 +16,7 @@ class QuantizedLayerNorm(QuantizedModule, torch.nn.LayerNorm):
     weight_quantizer: Quantizer | None
     bias_quantizer: Quantizer | None
     output_quantizer: Quantizer
+    call_paths = True
 
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
@@ -25,11 +26,12 @@ class QuantizedLayerNorm(QuantizedModule, torch.nn.LayerNorm):
         """Normalize over the last ``len(normalized_shape)`` dimensions."""
         if self._float_only:
             return super().forward(input)
+        here = self.at_call()
         weight = quantize_parameter(self.weight_quantizer, self.weight)
         bias = quantize_parameter(self.bias_quantizer, self.bias)
-        x = self.input_quantizer(input)
+        x = here.input_quantizer(input)
         y = torch.nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-        return self.output_quantizer(y)
+        return here.output_quantizer(y)
 
 
 class QuantizedRMSNorm(QuantizedModule, torch.nn.RMSNorm):
@@ -38,6 +40,7 @@ class QuantizedRMSNorm(QuantizedModule, torch.nn.RMSNorm):
     input_quantizer: Quantizer
     weight_quantizer: Quantizer | None
     output_quantizer: Quantizer
+    call_paths = True
 
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
@@ -47,9 +50,10 @@ class QuantizedRMSNorm(QuantizedModule, torch.nn.RMSNorm):
         """Divide by the root mean square over the last ``len(normalized_shape)`` dimensions."""
         if self._float_only:
             return super().forward(x)
+        here = self.at_call()
         weight = quantize_parameter(self.weight_quantizer, self.weight)
-        y = torch.nn.functional.rms_norm(self.input_quantizer(x), self.normalized_shape, weight, self.eps)
-        return self.output_quantizer(y)
+        y = torch.nn.functional.rms_norm(here.input_quantizer(x), self.normalized_shape, weight, self.eps)
+        return here.output_quantizer(y)
 
 
 class QuantizedGroupNorm(QuantizedModule, torch.nn.GroupNorm):
@@ -59,6 +63,7 @@ class QuantizedGroupNorm(QuantizedModule, torch.nn.GroupNorm):
     weight_quantizer: Quantizer | None
     bias_quantizer: Quantizer | None
     output_quantizer: Quantizer
+    call_paths = True
 
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
@@ -68,10 +73,11 @@ class QuantizedGroupNorm(QuantizedModule, torch.nn.GroupNorm):
         """Normalize ``[batch, channels, *]`` over groups of channels."""
         if self._float_only:
             return super().forward(input)
+        here = self.at_call()
         weight = quantize_parameter(self.weight_quantizer, self.weight)
         bias = quantize_parameter(self.bias_quantizer, self.bias)
-        x = self.input_quantizer(input)
-        return self.output_quantizer(torch.nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps))
+        x = here.input_quantizer(input)
+        return here.output_quantizer(torch.nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps))
 
 
 class _QuantizedBatchNorm(QuantizedModule, include_in_module_map=False):
@@ -90,6 +96,7 @@ class _QuantizedBatchNorm(QuantizedModule, include_in_module_map=False):
     momentum: float | None
     eps: float
     _check_input_dim: Any
+    call_paths = True
 
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
@@ -99,12 +106,13 @@ class _QuantizedBatchNorm(QuantizedModule, include_in_module_map=False):
         """Normalize each channel of ``[batch, channels, *]``."""
         if self._float_only:
             return super().forward(input)
+        here = self.at_call()
         self._check_input_dim(input)
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
         momentum = self._advance_momentum()
         keeps = not self.training or self.track_running_stats
         y = torch.nn.functional.batch_norm(
-            self.input_quantizer(input),
+            here.input_quantizer(input),
             self.running_mean if keeps else None,
             self.running_var if keeps else None,
             quantize_parameter(self.weight_quantizer, self.weight),
@@ -113,7 +121,7 @@ class _QuantizedBatchNorm(QuantizedModule, include_in_module_map=False):
             momentum,
             self.eps,
         )
-        return self.output_quantizer(y)
+        return here.output_quantizer(y)
 
     def _advance_momentum(self) -> float:
         """Count this batch while training and return the weight it gets in the running statistics."""

@@ -190,10 +190,16 @@ class Quantizer(torch.nn.Module):
     def forward(self, x: Any) -> Any:
         """Return ``x`` on the grid, or the tensors of a list or tuple; anything else is returned as it is."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            return self._each(x) if type(x) in (list, tuple) else x
+            return self._other(x)
         if recorder is not None or self._overrides:
             return self._observed(x)
         return self.simulate(x)
+
+    def _other(self, x: Any) -> Any:
+        """What becomes of something that is no floating tensor: a list or tuple, a traced value, anything else."""
+        if type(x) in (list, tuple):
+            return self._each(x)
+        return traced_call(self, x) if isinstance(x, torch.fx.Proxy) else x
 
     def _each(self, values: Any) -> Any:
         """The elements of a list or tuple, quantized; the very object if that changes none."""
@@ -303,6 +309,13 @@ class QuantizerStub(Quantizer):
 
     def extra_repr(self) -> str:
         return ", ".join(repr(tag) for tag in self.quant_metadata.tags)
+
+
+def traced_call(quantizer: Quantizer, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    """The call of ``quantizer`` in the graph that ``torch.fx`` is tracing; it has to be part of what is traced."""
+    path = x.tracer.path_of_module(quantizer)  # type: ignore[attr-defined]
+    made: torch.fx.Proxy = x.tracer.create_proxy("call_module", path, (x,), {})
+    return made
 
 
 def _overridden(quantizer: Quantizer, override: Override, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:

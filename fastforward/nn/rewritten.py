@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from fastforward.autoquant.callpath import FIRST
 from fastforward.autoquant.recompile import Engine, may_hold_sites
 from fastforward.autoquant.scope import SCOPES, MethodEntry
 from fastforward.autoquant.sites import Site
 from fastforward.exceptions import AutoquantError, QuantizationWarning
+from fastforward.nn.call_paths import call_indices, recall
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import QuantizerMetadata, QuantizerStub
 
@@ -31,6 +33,7 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
     A loaded state leaves quantizers for sites that only a run shows in ``_ff_pending``, by name.
     """
 
+    call_paths = True
     _ff_engine: Engine
 
     def __init_quantization__(self) -> None:
@@ -39,6 +42,14 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
         for name, entry in type(self)._ff_entries.items():
             if name not in self.__dict__.get(SCOPES, {}):
                 entry.create(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the scopes again, which no copy or pickle holds: compilers cannot while they trace."""
+        super().__setstate__(state)
+        for name, entry in type(self)._ff_entries.items():
+            for index in call_indices(self) if name == "forward" else (FIRST,):
+                entry.create(self, index)
+        recall(self)
 
     _ff_entries: dict[str, MethodEntry] = {}
 
@@ -60,6 +71,13 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
                 loaded.quant_metadata = _metadata(site, unit)
                 setattr(self, name, loaded)
         return name
+
+    def _ff_add_call_path(self, index: int, caller: Any) -> None:
+        entry = type(self)._ff_entries.get("forward")
+        if entry is not None:
+            scope = entry.create(self, index)
+            scope.caller = caller
+            scope.meet_known()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(protocol, 2))

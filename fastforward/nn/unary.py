@@ -18,6 +18,7 @@ class QuantizedUnary(QuantizedModule, include_in_module_map=False):
     input_quantizer: Quantizer
     output_quantizer: Quantizer
     _operator = ""
+    call_paths = True
 
     def __init_quantization__(self) -> None:
         super().__init_quantization__()
@@ -27,8 +28,9 @@ class QuantizedUnary(QuantizedModule, include_in_module_map=False):
         """As in the float class; an ``inplace`` layer still changes the tensor it was given."""
         if self._float_only:
             return super().forward(input)
-        x = self.input_quantizer(input)
+        here = self.at_call()
+        x = here.input_quantizer(input)
         y = super().forward(x)
         if x is not input and getattr(self, "inplace", False):
             input.copy_(y)
-        return self.output_quantizer(y)
+        return here.output_quantizer(y)

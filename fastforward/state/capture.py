@@ -75,8 +75,7 @@ def capture(model: torch.nn.Module, weights: bool) -> tuple[Manifest, dict[str, 
     if not integers and not quantizers and not any(isinstance(value, QuantizedTensor) for value in entries.values()):
         msg = "the model has no quantizer and no integer layer; quantize it before saving its quantization"
         raise StateError(msg)
-    own = tuple(f"{name}." for quantizer in quantizers for name in quantizer.sites)
-    own += tuple(f"{integer.path}." if integer.path else "" for integer in integers)
+    own = _described(model)
     plain = {name: value for name, value in entries.items() if not name.startswith(own)} if own else entries
     if not weights:
         plain = {name: value for name, value in plain.items() if name.rpartition(".")[2] == SMOOTHING}
@@ -90,6 +89,16 @@ def capture(model: torch.nn.Module, weights: bool) -> tuple[Manifest, dict[str, 
         written_by={"fastforward": fastforward.__version__, "torch": str(torch.__version__)},
     )
     return manifest, store.tensors
+
+
+def _described(model: torch.nn.Module) -> tuple[str, ...]:
+    """How names of tensors begin that the manifest's quantizers and integer layers describe, under every parent."""
+    modules = model.named_modules(remove_duplicate=False)
+    return tuple(
+        f"{path}." if path else ""
+        for path, module in modules
+        if isinstance(module, Quantizer) or hasattr(module, "quantization_state")
+    )
 
 
 def quantized_modules(model: torch.nn.Module) -> dict[str, QuantizedModule]:

@@ -131,7 +131,7 @@ class Restorer:
     def _found_at_run_time(self, path: str, attribute: str, owner: QuantizedModule) -> bool:
         """Whether the site is one that this very source shows only when it runs."""
         saved = self.manifest.modules.get(path)
-        known = saved is not None and attribute in saved.sites and hasattr(owner, "_ff_add_stub")
+        known = saved is not None and attribute in saved.sites and owner.call_paths
         return known and saved is not None and saved.source == source_hash(owner)
 
     def _make_quantizer(self, saved: SavedQuantizer) -> Quantizer:
