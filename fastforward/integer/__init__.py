@@ -17,6 +17,9 @@ _NAMES = {
     "IntegerConvTranspose3d": "transposed",
     "IntegerEmbedding": "embedding",
     "IntegerEmbeddingBag": "embedding",
+    "IntegerLSTM": "recurrent",
+    "IntegerGRU": "recurrent",
+    "IntegerRNN": "recurrent",
     "IntegerDynamicLinear": "dynamic",
     "WeightOnlyLinear": "weight_only",
 }

@@ -8,9 +8,11 @@ import torch
 from fastforward.exceptions import CalibrationError, QuantizationError
 from fastforward.integer import attention, fusion, onednn
 from fastforward.integer.bypass import bypass_rewriting
+from fastforward.integer.deferred import Deferred
 from fastforward.integer.forms import plan
 from fastforward.integer.islands import speed_up
 from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.recurrent import IntegerRecurrent
 from fastforward.integer.shortcuts import take_shortcuts
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
@@ -50,7 +52,7 @@ def convert(
     require_calibrated(model)
     for step in list(plan(model)):
         step.swap(step.layer, keep_float=keep_float)
-        if isinstance(step.layer, IntegerLinear):
+        if isinstance(step.layer, IntegerLinear | IntegerRecurrent):
             step.layer.start(backend, measure=example_inputs is not None)
     for _, quantizer in _quantizers(model):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
@@ -84,7 +86,9 @@ def learn(model: torch.nn.Module, example_inputs: Any) -> None:
     """Run the model a few times without gradients, so that layers measure kernels and see what follows them."""
     with torch.no_grad():
         for _ in range(_LEARNING_RUNS):
-            call(model, example_inputs)
+            for result in torch.utils._pytree.tree_leaves(call(model, example_inputs)):
+                if type(result) is Deferred:
+                    result.materialize()
     for module in model.modules():
         if isinstance(module, IntegerLinear):
             module.measures = False

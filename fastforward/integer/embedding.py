@@ -86,7 +86,7 @@ class IntegerTable(torch.nn.Module):
         return (self.weight_int8 * self.weight_scale[:, None]).to(self.output_dtype)
 
 
-class IntegerEmbedding(IntegerTable, torch.nn.Embedding):  # type: ignore[misc]
+class IntegerEmbedding(IntegerTable, torch.nn.Embedding):  # type: ignore[override]
     """``torch.nn.Embedding`` that looks up int8 rows and scales what it found."""
 
     _operator = "embedding"
@@ -97,7 +97,7 @@ class IntegerEmbedding(IntegerTable, torch.nn.Embedding):  # type: ignore[misc]
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
 
-class IntegerEmbeddingBag(IntegerTable, torch.nn.EmbeddingBag):  # type: ignore[misc]
+class IntegerEmbeddingBag(IntegerTable, torch.nn.EmbeddingBag):  # type: ignore[override]
     """``torch.nn.EmbeddingBag`` that looks up int8 rows, scales what it found and reduces each bag."""
 
     _operator = "embedding_bag"

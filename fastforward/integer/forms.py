@@ -12,9 +12,11 @@ from fastforward.integer.dynamic import IntegerDynamicLinear, require_dynamic
 from fastforward.integer.embedding import IntegerEmbedding, IntegerEmbeddingBag
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.recurrent import IntegerRecurrent, require_recurrent
 from fastforward.integer.transposed import IntegerConvTranspose, require_transposed
 from fastforward.integer.weight_only import WeightOnlyLinear, require_weight_only
 from fastforward.integer.weights import require_integer
+from fastforward.nn.call_paths import by_call_path
 from fastforward.nn.conv import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -27,6 +29,7 @@ from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.module import QuantizedModule
+from fastforward.nn.recurrent import QuantizedGRU, QuantizedLSTM, QuantizedRNN
 
 REASON = "_ff_float_reason"
 """Where a layer without integer form keeps the reason."""
@@ -66,7 +69,7 @@ def plan(model: torch.nn.Module) -> Iterator[Step]:
     grids = Grids()
     for module in list(model.modules()):
         form = next((form for cls, form in _FORMS.items() if isinstance(module, cls)), None)
-        if form is None or module._float_only:
+        if form is None or module._float_only or getattr(module, "holds_integers", False):
             continue
         try:
             yield Step(module, form(module, grids))  # type: ignore[arg-type]
@@ -83,6 +86,7 @@ def _linear(layer: Any, grids: Grids) -> Swap:
         return IntegerDynamicLinear.swap
     _require_quantized(layer, "input", "weight")
     require_integer(layer.weight_quantizer, layer.weight.shape)
+    _require_one_grid(layer)
     grid = grids.of(layer)
     return lambda layer, **options: IntegerLinear.swap(layer, grid, **options)
 
@@ -91,6 +95,7 @@ def _conv(layer: Any, grids: Grids) -> Swap:
     _require_quantized(layer, "input", "weight")
     require_integer(layer.weight_quantizer, layer.weight.shape)
     require_kernel(layer)
+    _require_one_grid(layer)
     grid = grids.of(layer)
     return lambda layer, **options: IntegerConv.swap(layer, grid, **options)
 
@@ -98,6 +103,7 @@ def _conv(layer: Any, grids: Grids) -> Swap:
 def _transposed(layer: Any, grids: Grids) -> Swap:
     _require_quantized(layer, "input", "weight")
     require_transposed(layer)
+    _require_one_grid(layer)
     grid = grids.of(layer)
     return lambda layer, **options: IntegerConvTranspose.swap(layer, grid, **options)
 
@@ -108,13 +114,28 @@ def _embedding(layer: Any, grids: Grids) -> Swap:
     if layer.max_norm is not None:
         msg = "an embedding with max_norm changes its table on every call"
         raise UnsupportedOperatorError(msg)
+    _require_one_grid(layer)
     return IntegerEmbeddingBag.swap if isinstance(layer, QuantizedEmbeddingBag) else IntegerEmbedding.swap
+
+
+def _recurrent(layer: Any, grids: Grids) -> Swap:
+    require_recurrent(layer)
+    return IntegerRecurrent.swap
 
 
 def _require_quantized(layer: Any, *roles: str) -> None:
     for role in roles:
         if getattr(layer, f"{role}_quantizer").is_stub():
             msg = f"its {role} is not quantized"
+            raise UnsupportedOperatorError(msg)
+
+
+def _require_one_grid(layer: QuantizedModule) -> None:
+    """An integer layer knows one grid for its input and one for its output, whoever calls it."""
+    for name, quantizers in by_call_path(layer).items():
+        active = [quantizer for quantizer in quantizers if not quantizer.is_stub()]
+        if active and (len(active) < len(quantizers) or len({grid_of(q).key() for q in active}) > 1):
+            msg = f"it is called from {len(quantizers)} places, and its {name} has another range in each of them"
             raise UnsupportedOperatorError(msg)
 
 
@@ -128,4 +149,7 @@ _FORMS: dict[type[QuantizedModule], Callable[[Any, Grids], Swap]] = {
     QuantizedConvTranspose3d: _transposed,
     QuantizedEmbedding: _embedding,
     QuantizedEmbeddingBag: _embedding,
+    QuantizedLSTM: _recurrent,
+    QuantizedGRU: _recurrent,
+    QuantizedRNN: _recurrent,
 }

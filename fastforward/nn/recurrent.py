@@ -208,8 +208,7 @@ class QuantizedLSTM(_QuantizedRecurrent, torch.nn.LSTM):
 
     def _cell(self, suffix: str) -> Callable[[Tensor, State], State]:
         recurrent, (gate, act, keep) = self._gates(suffix), self._results(suffix)
-        projection = self._weight("hr", suffix) if self.proj_size else None
-        operand = getattr(self, f"hidden_quantizer{suffix}")
+        projection = self._projection(suffix)
 
         def cell(x: Tensor, state: State) -> State:
             enter, forget, candidate, leave = gate(x + recurrent(state[0])).chunk(4, -1)
@@ -217,10 +216,17 @@ class QuantizedLSTM(_QuantizedRecurrent, torch.nn.LSTM):
             memory = keep(kept + keep(act(torch.sigmoid(enter)) * act(torch.tanh(candidate))))
             hidden = keep(act(torch.sigmoid(leave)) * act(torch.tanh(memory)))
             if projection is not None:
-                hidden = keep(torch.nn.functional.linear(operand(hidden), projection))
+                hidden = keep(projection(hidden))
             return hidden, memory
 
         return cell
+
+    def _projection(self, suffix: str) -> Callable[[Tensor], Tensor] | None:
+        """What makes the hidden state smaller, if anything does; its weight is quantized once."""
+        if not self.proj_size:
+            return None
+        weight, operand = self._weight("hr", suffix), getattr(self, f"hidden_quantizer{suffix}")
+        return lambda hidden: torch.nn.functional.linear(operand(hidden), weight)
 
 
 def _states(hx: Any) -> list[Tensor]:

@@ -1,0 +1,208 @@
+"""IntegerLSTM, IntegerGRU and IntegerRNN: recurrent layers whose gates are products of integers.
+
+The input projections of all steps are one product, the recurrent one runs step by step, as in the simulated layers;
+what follows the products (sigmoid, tanh, the new state) is float.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastforward.exceptions import StateError, UnsupportedOperatorError
+from fastforward.integer.grid import Grid, grid_of
+from fastforward.integer.layer import become, successor
+from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.weights import integer_weight, require_integer
+from fastforward.nn.operands import operand_stub, quantize_parameter
+from fastforward.nn.recurrent import QuantizedGRU, QuantizedLSTM, QuantizedRNN
+
+_OPERANDS = {"ih": "input", "hh": "hidden", "hr": "hidden"}
+"""The quantizer of the activation that each weight is multiplied by."""
+
+
+class IntegerRecurrent:
+    """What integer recurrent layers share; mixed into the simulated classes, whose walk over the steps they keep.
+
+    For each product (``ih``, ``hh``, ``hr``) of each layer and direction, buffers ``weight_<product><suffix>_int8``
+    (shape of the float weight) and ``weight_<product><suffix>_scale`` (float32, one per row) replace the float weight.
+    """
+
+    holds_integers = True
+    grids: dict[str, Grid]
+    _products: dict[str, IntegerLinear]
+
+    @classmethod
+    def swap(cls, layer: Any, *, keep_float: bool = False) -> Any:
+        """Turn a calibrated layer into an integer one, in place."""
+        tensors, grids = {}, {}
+        for name, quantizer, operand in _weights(layer):
+            weight = getattr(layer, name)
+            tensors[f"{name}_int8"], tensors[f"{name}_scale"] = integer_weight(quantizer, weight)
+            grids[name] = grid_of(operand)
+            bias = name.replace("weight", "bias")
+            if hasattr(layer, bias):
+                value = quantize_parameter(getattr(layer, _quantizer_name(bias)), getattr(layer, bias))
+                layer._parameters[bias] = torch.nn.Parameter(value.detach(), requires_grad=False)
+            if not keep_float:
+                del layer._parameters[name]
+        quantizers = [name for name, quantizer in layer.own_quantizers().items() if not quantizer.is_stub()]
+        layer.__class__ = _CLASSES[type(layer)]
+        layer.install(tensors, grids)
+        for name in quantizers:
+            layer.register_quantizer(name, operand_stub("input", "linear"))
+        return layer
+
+    def install(self: Any, tensors: dict[str, torch.Tensor], grids: dict[str, Grid]) -> None:
+        """Take the integer weights, by name, and the grids of what they are multiplied by."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.grids = grids
+        self._init_flat_weights()  # torch keeps a list of the float weights
+        self.start()
+
+    def start(self: Any, backend: str = "auto", *, measure: bool = False) -> None:
+        """Build the products and fix their kernel; ``measure`` has no effect, there are too few rows in a step."""
+        products = {}
+        for name, grid in self.grids.items():
+            integers, scale = getattr(self, f"{name}_int8"), getattr(self, f"{name}_scale")
+            bias = self._parameters.get(name.replace("weight", "bias"))
+            linear: Any = torch.nn.Linear(integers.shape[1], integers.shape[0], bias=False, device="meta")
+            become(linear, IntegerLinear)
+            linear.install(integers, scale, None if bias is None else bias.detach(), grid, None)
+            linear.start(backend)
+            products[name] = linear
+        object.__setattr__(self, "_products", products)  # beside the modules: their tensors are this layer's
+        self._quantizers_changed()
+
+    def _product(self, name: str, suffix: str, x: torch.Tensor) -> torch.Tensor:
+        linear = self._products[f"weight_{name}{suffix}"]
+        if torch.compiler.is_compiling():
+            return linear(x)  # type: ignore[no-any-return]
+        return linear.compute(linear.codes(x), linear.epilogue).to(x.dtype)
+
+    def _gates(self, suffix: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda hidden: self._product("hh", suffix, hidden)
+
+    def _projection(self: Any, suffix: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        return (lambda hidden: self._product("hr", suffix, hidden)) if self.proj_size else None
+
+    def _quantizers_changed(self: Any) -> None:
+        super()._quantizers_changed()  # type: ignore[misc]
+        object.__setattr__(self, "_float_only", False)  # there are no float weights to fall back to
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        """Move with the model; scales stay float32."""
+        scales = {name: buffer for name, buffer in self._buffers.items() if name.endswith("_scale")}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self._buffers.update({name: scale.to(self._buffers[name].device) for name, scale in scales.items()})
+        self.start(next(iter(self._products.values())).backend)
+        return self
+
+    def chain_link(self: Any) -> tuple[str, str, str, str]:
+        """Operator, type of the input, type of the result and kernel, for a report."""
+        operator = type(self).__name__.removeprefix("Integer").lower()
+        kernels = {linear.record.kernel for linear in self._products.values() if linear.record.kernel}
+        return operator, "float32", "float32", f"{' and '.join(sorted(kernels)) or 'not run yet'}, step by step"
+
+    def quantization_state(self: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and JSON data: all that it takes to build the layer again."""
+        biases = {name: p.detach() for name, p in self._parameters.items() if name.startswith("bias")}
+        return {**self._buffers, **biases}, {"grids": {name: grid.to_json() for name, grid in self.grids.items()}}
+
+    @classmethod
+    def from_quantization_state(
+        cls, module: torch.nn.Module, tensors: dict[str, torch.Tensor], data: dict[str, Any]
+    ) -> torch.nn.Module:
+        """The layer for the place of ``module``, which stays as it is.
+
+        Raises:
+            StateError: The state belongs to a layer of another kind or shape.
+        """
+        new = successor(module, cls)
+        new.__init_quantization__()
+        shapes = {name: shape for name, shape in _shapes(new) if name.startswith("weight")}
+        stored = {name: tuple(tensors[f"{name}_int8"].shape) for name in data["grids"] if f"{name}_int8" in tensors}
+        if stored != shapes:
+            msg = f"it has weights of shapes {stored}, the model needs {shapes}"
+            raise StateError(msg)
+        for name, _ in _shapes(new):
+            bias = tensors.get(name)
+            new._parameters.pop(name, None)
+            if name.startswith("bias"):
+                new._parameters[name] = torch.nn.Parameter(bias, requires_grad=False)
+        grids = {name: Grid.from_json(grid, None) for name, grid in data["grids"].items()}
+        new.install({name: tensor for name, tensor in tensors.items() if not name.startswith("bias")}, grids)
+        layer: torch.nn.Module = new
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
+        return {name: value for name, value in self.__dict__.items() if name != "_products"}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.start()
+
+
+class IntegerLSTM(IntegerRecurrent, QuantizedLSTM, include_in_module_map=False):
+    """``torch.nn.LSTM`` whose products are integer."""
+
+
+class IntegerGRU(IntegerRecurrent, QuantizedGRU, include_in_module_map=False):
+    """``torch.nn.GRU`` whose products are integer."""
+
+
+class IntegerRNN(IntegerRecurrent, QuantizedRNN, include_in_module_map=False):
+    """``torch.nn.RNN`` whose products are integer."""
+
+
+def require_recurrent(layer: Any) -> None:
+    """Raise UnsupportedOperatorError, with the reason, for a recurrent layer without an integer form."""
+    known = set()
+    for name, quantizer, operand in _weights(layer):
+        operand_name = f"{_OPERANDS[name[7:9]]}_quantizer{name[9:]}"
+        known |= {_quantizer_name(name), operand_name, _quantizer_name(name.replace("weight", "bias"))}
+        for role, one in ((name, quantizer), (operand_name, operand)):
+            if one.is_stub():
+                msg = f"its {role.replace('_quantizer', '')} is not quantized"
+                raise UnsupportedOperatorError(msg)
+        require_integer(quantizer, getattr(layer, name).shape)
+        grid_of(operand)
+    others = [name for name, one in layer.own_quantizers().items() if name not in known and not one.is_stub()]
+    if others:
+        msg = f"results inside a step are quantized too ({others[0]}), which takes the simulation"
+        raise UnsupportedOperatorError(msg)
+
+
+def _weights(layer: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name and quantizer of each weight, and the quantizer of what it is multiplied by."""
+    for suffix in layer._suffixes():
+        for product, operand in _OPERANDS.items():
+            name = f"weight_{product}{suffix}"
+            if hasattr(layer, name):
+                yield name, getattr(layer, _quantizer_name(name)), getattr(layer, f"{operand}_quantizer{suffix}")
+
+
+def _quantizer_name(parameter: str) -> str:
+    """``weight_ih_l0`` -> ``weight_ih_quantizer_l0``."""
+    stem, _, layer = parameter.partition("_l")
+    return f"{stem}_quantizer_l{layer}"
+
+
+def _shapes(layer: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each parameter that a float layer of this geometry has."""
+    gates = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1) * layer.hidden_size
+    state, directions = layer.proj_size or layer.hidden_size, 2 if layer.bidirectional else 1
+    for index, suffix in enumerate(layer._suffixes()):
+        below = layer.input_size if index < directions else state * directions
+        yield f"weight_ih{suffix}", (gates, below)
+        yield f"weight_hh{suffix}", (gates, state)
+        if layer.bias:
+            yield f"bias_ih{suffix}", (gates,)
+            yield f"bias_hh{suffix}", (gates,)
+        if layer.proj_size:
+            yield f"weight_hr{suffix}", (layer.proj_size, layer.hidden_size)
+
+
+_CLASSES: dict[type, type] = {QuantizedLSTM: IntegerLSTM, QuantizedGRU: IntegerGRU, QuantizedRNN: IntegerRNN}
