@@ -1,7 +1,8 @@
 """The gradients of the fake-quantize operators.
 
 ``fake_quantize`` is called for every tensor of every step, so its autograd kernel is written out: it asks three tensors
-whether they require a gradient, and calls the CPU implementation without another trip through the dispatcher. The other
+whether they require a gradient, and calls the CPU implementation without another trip through the dispatcher. Where
+only the input learns it keeps a mask instead of the input, which may so be changed in place afterwards. The other
 operators use ``torch.library.register_autograd``.
 """
 
@@ -13,15 +14,18 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from fastforward_kernels import cpu, reference_matmul
+from fastforward_kernels import cpu_fake_quantize, reference_matmul
 from fastforward_kernels.library import LIBRARY, NAMESPACE
 
 Operator = Callable[..., Any]
 
 
-def register(forward: Any, backward: Operator, lsq_backward: Operator, apply_mask: Operator) -> None:
+def register(
+    forward: Any, backward: Operator, lsq_backward: Operator, zero_clipped: Operator, apply_mask: Operator
+) -> None:
     """Attach gradients to the differentiable operators, which are made of these."""
-    LIBRARY.impl("fake_quantize", _autograd_kernel(forward, backward, lsq_backward), "Autograd", with_keyset=True)
+    kernel = _autograd_kernel(forward, backward, lsq_backward, zero_clipped)
+    LIBRARY.impl("fake_quantize", kernel, "Autograd", with_keyset=True)
 
     def masked(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return apply_mask(grad.contiguous(), *ctx.saved_tensors), None, None, None, None, None
@@ -55,16 +59,31 @@ def _weight_only_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ real, None, None, None, None, to_bias
 
 
-def _autograd_kernel(forward: Any, backward: Operator, lsq_backward: Operator) -> Callable[..., Tensor]:
+def _autograd_kernel(
+    forward: Any, backward: Operator, lsq_backward: Operator, zero_clipped: Operator
+) -> Callable[..., Tensor]:
     def below(keys: DispatchKeySet, *arguments: Any) -> Tensor:
-        keys = keys & torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
-            if keys.highestPriorityTypeId() == DispatchKey.CPU:
-                return cpu.fake_quantize(*arguments)
-            y: Tensor = forward.redispatch(keys, *arguments)
+            if _on_cpu(keys):
+                return cpu_fake_quantize.fake_quantize(*arguments)
+            y: Tensor = forward.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
             return y
 
-    class FakeQuantize(torch.autograd.Function):
+    class KeepingMask(torch.autograd.Function):
+        """On CPUs, where only the input learns."""
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, clipped = cpu_fake_quantize.fake_quantize_with_clipped(*arguments)
+            ctx.save_for_backward(clipped)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            return zero_clipped(grads[0], *ctx.saved_tensors), None, None, None, None, None
+
+    class KeepingInput(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keys: DispatchKeySet, *arguments: Any) -> Tensor:
             x, scale, zero_point, *ctx.grid, ctx.gradient_scale = arguments
@@ -93,14 +112,23 @@ def _autograd_kernel(forward: Any, backward: Operator, lsq_backward: Operator) -
         tile: list[int],
         gradient_scale: float = 1.0,
     ) -> Tensor:
-        arguments = (x, scale, zero_point, qmin, qmax, tile, gradient_scale)
-        learns = x.requires_grad or scale.requires_grad or zero_point.requires_grad
-        if learns and torch.is_grad_enabled():
-            y: Tensor = FakeQuantize.apply(keys, *arguments)
-            return y
-        return below(keys, *arguments)
+        grid = (x, scale, zero_point, qmin, qmax, tile)
+        learns_grid = scale.requires_grad or zero_point.requires_grad
+        if not (learns_grid or x.requires_grad) or not torch.is_grad_enabled():
+            return below(keys, *grid, gradient_scale)
+        y: Tensor
+        if learns_grid or not _on_cpu(keys):
+            y = KeepingInput.apply(keys, *grid, gradient_scale)
+        else:
+            y = KeepingMask.apply(*grid)
+        return y
 
     return kernel
+
+
+def _on_cpu(keys: DispatchKeySet) -> bool:
+    """Return whether the CPU's implementation is next, and nothing (tracing, a transform) in between."""
+    return (keys & torch._C._after_autograd_keyset).highestPriorityTypeId() == DispatchKey.CPU
 
 
 def _register(name: str, backward: Operator, setup_context: Operator) -> None:

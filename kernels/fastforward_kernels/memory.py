@@ -1,4 +1,4 @@
-"""Fresh memory for large results: Linux maps it in one call, which is cheaper than one page fault after another."""
+"""Fresh memory for large results: on Linux with huge pages, which nearly halve the cost of touching it first."""
 
 import ctypes
 import functools
@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LARGE = 1 << 22  # bytes; smaller results usually come from memory that is mapped already
+LARGE = 1 << 22  # bytes; below, a result rarely holds a whole huge page
 PAGE = 4096
-MADV_POPULATE_WRITE = 23  # Linux 5.14; older kernels refuse it and the pages fault in as usual
+MADV_HUGEPAGE = 14
 
 
 @functools.cache
@@ -24,15 +24,15 @@ def _madvise() -> Callable[..., int] | None:
 
 
 def mapped(fresh: Tensor) -> Tensor:
-    """Map the pages behind a CPU tensor that nothing has been written to yet, and return it."""
-    storage = fresh.untyped_storage()
-    madvise = _madvise() if storage.nbytes() >= LARGE else None
+    """Ask for huge pages behind a CPU tensor that nothing has been written to; advice, so failure is no error."""
+    madvise = _madvise() if fresh.nbytes >= LARGE else None
     if madvise is not None:
+        storage = fresh.untyped_storage()
         start = -(-storage.data_ptr() // PAGE) * PAGE
-        madvise(start, storage.nbytes() // PAGE * PAGE - PAGE, MADV_POPULATE_WRITE)
+        madvise(start, storage.nbytes() // PAGE * PAGE - PAGE, MADV_HUGEPAGE)
     return fresh
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Return ``torch.empty_like(x)``, large ones mapped."""
+    """Return ``torch.empty_like(x)``, large ones on huge pages."""
     return mapped(torch.empty_like(x))

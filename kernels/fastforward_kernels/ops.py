@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforward_kernels import cpu, gradients, reference, tiling
+from fastforward_kernels import cpu, cpu_fake_quantize, cpu_gradients, gradients, reference, tiling
 from fastforward_kernels.library import define
 
 GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile"
@@ -37,7 +37,7 @@ def _shape_block_pair(x: Tensor, tile: Sequence[int]) -> tuple[Tensor, Tensor]:
 FAKE_QUANTIZE: Callable[..., Tensor] = define(
     f"fake_quantize(Tensor x, {GRID}, float gradient_scale=1.0) -> Tensor",
     reference=reference.fake_quantize,
-    cpu=cpu.fake_quantize,
+    cpu=cpu_fake_quantize.fake_quantize,
     triton="fake_quantize:fake_quantize",
     differentiable=True,
     fake=_like_first,
@@ -45,14 +45,14 @@ FAKE_QUANTIZE: Callable[..., Tensor] = define(
 FAKE_QUANTIZE_BACKWARD: Callable[..., Tensor] = define(
     f"fake_quantize_backward(Tensor grad, Tensor x, {GRID}) -> Tensor",
     reference=reference.fake_quantize_backward,
-    cpu=cpu.fake_quantize_backward,
+    cpu=cpu_gradients.fake_quantize_backward,
     triton="fake_quantize:fake_quantize_backward",
     fake=_like_second,
 )
 FAKE_QUANTIZE_LSQ_BACKWARD = define(
     f"fake_quantize_lsq_backward(Tensor grad, Tensor x, {GRID}) -> (Tensor, Tensor, Tensor)",
     reference=reference.fake_quantize_lsq_backward,
-    cpu=cpu.fake_quantize_lsq_backward,
+    cpu=cpu_gradients.fake_quantize_lsq_backward,
     triton="fake_quantize:fake_quantize_lsq_backward",
     fake=lambda grad, x, scale, zero_point, *_: (
         torch.empty_like(x),
@@ -73,10 +73,16 @@ APPLY_MASK: Callable[..., Tensor] = define(
     triton="fake_quantize:apply_mask",
     fake=_like_first,
 )
+ZERO_CLIPPED: Callable[..., Tensor] = define(
+    "zero_clipped(Tensor grad, Tensor clipped) -> Tensor",
+    reference=reference.zero_clipped,
+    cpu=cpu_fake_quantize.zero_clipped,
+    fake=lambda grad, clipped: torch.empty_like(clipped, dtype=grad.dtype),
+)
 FAKE_QUANTIZE_OUT: Callable[..., Tensor] = define(
     f"fake_quantize_out(Tensor x, {GRID}, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(reference.fake_quantize(*args[:-1])) and None,
-    cpu=cpu.fake_quantize_out,
+    cpu=cpu_fake_quantize.fake_quantize_out,
     fake=lambda *_: None,
 )
 FAKE_QUANTIZE_FLOAT8: Callable[..., Tensor] = define(
@@ -123,7 +129,7 @@ HISTOGRAM: Callable[..., Tensor] = define(
 )
 
 
-gradients.register(FAKE_QUANTIZE, FAKE_QUANTIZE_BACKWARD, FAKE_QUANTIZE_LSQ_BACKWARD, APPLY_MASK)
+gradients.register(FAKE_QUANTIZE, FAKE_QUANTIZE_BACKWARD, FAKE_QUANTIZE_LSQ_BACKWARD, ZERO_CLIPPED, APPLY_MASK)
 
 
 def fake_quantize(

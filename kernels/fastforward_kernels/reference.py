@@ -76,6 +76,12 @@ def apply_mask(grad: Tensor, mask: Tensor) -> Tensor:
     return torch.where(inside, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
 
 
+def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
+    """Return ``grad`` where the booleans ``clipped`` are not set, zero elsewhere; in the layout of ``clipped``."""
+    out = torch.empty_like(clipped, dtype=grad.dtype)
+    return out.copy_(torch.where(clipped, torch.zeros((), dtype=grad.dtype, device=grad.device), grad))
+
+
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, tile: Sequence[int]
 ) -> Tensor:

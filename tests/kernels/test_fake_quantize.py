@@ -3,7 +3,7 @@
 import fastforward_kernels as ffk
 import pytest
 import torch
-from fastforward_kernels import cpu, reference
+from fastforward_kernels import cpu_fake_quantize, cpu_gradients, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(), (1,), (5,), (64, 48), (3, 7, 5), (2, 3, 40, 30), (0, 4), (700, 300)]
@@ -109,12 +109,12 @@ def test_memory_layouts(layout, dtype):
             continue
         blocks = reference.tiling.layout(tuple(x.shape), tuple(tile)).blocks
         grid = (*parameters(blocks), -128, 127, tile)
-        y = cpu.fake_quantize(x, *grid)
+        y = cpu_fake_quantize.fake_quantize(x, *grid)
         assert torch.equal(y, reference.fake_quantize(x, *grid))
         assert y.stride() == torch.empty_like(x).stride()
         expected = reference.fake_quantize_backward(grad, x, *grid)
-        assert torch.equal(cpu.fake_quantize_backward(grad, x, *grid), expected)
-        assert torch.equal(cpu.fake_quantize_lsq_backward(grad, x, *grid)[0], expected)
+        assert torch.equal(cpu_gradients.fake_quantize_backward(grad, x, *grid), expected)
+        assert torch.equal(cpu_gradients.fake_quantize_lsq_backward(grad, x, *grid)[0], expected)
 
 
 def test_out_takes_any_buffer_and_the_input_itself():
@@ -133,7 +133,7 @@ def test_learnt_scale_and_zero_point_gradients_against_float64(tile, dtype):
     x, grad = data((256, 640), dtype), data((256, 640), dtype, seed=7)
     blocks = reference.tiling.layout((256, 640), tuple(tile)).blocks
     scale, zero_point = parameters(blocks, (-8, 7))
-    to_x, to_scale, to_zero_point = cpu.fake_quantize_lsq_backward(grad, x, scale, zero_point, -8, 7, tile)
+    to_x, to_scale, to_zero_point = cpu_gradients.fake_quantize_lsq_backward(grad, x, scale, zero_point, -8, 7, tile)
     view, s, z = reference.blocked(x, tile, scale, zero_point)
     inside_axes = reference.tiling.layout((256, 640), tuple(tile)).inside
     v = (view.float() * (1 / s)).double()
@@ -255,3 +255,38 @@ ERRORS = [
 def test_errors_say_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call(data((4, 6)))
+
+
+@pytest.mark.parametrize("tile", [[], [1, -1], [-1, 1], [1, 10]])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_the_input_may_be_changed_in_place_afterwards(tile, dtype):
+    x, grad = data((60, 40), dtype), data((60, 40), dtype, seed=3)
+    blocks = reference.tiling.layout((60, 40), tuple(tile)).blocks
+    grid = (*parameters(blocks, (-8, 7)), -8, 7, tile)
+    leaf = x.clone().requires_grad_()
+    between = leaf * 1.0
+    y = ffk.fake_quantize_tiles(between, *grid)
+    between.add_(100.0)
+    y.backward(grad)
+    assert torch.equal(leaf.grad, reference.fake_quantize_backward(grad, x, *grid))
+
+
+def test_a_learnt_grid_says_that_its_input_was_changed():
+    x, scale = data((8,)).requires_grad_() * 1.0, torch.tensor(0.1, requires_grad=True)
+    y = ffk.fake_quantize(x, scale, scalar(0, torch.int32), -8, 7)
+    with torch.no_grad():
+        x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clipped_elements_get_no_gradient_in_any_layout(layout):
+    x = LAYOUTS[layout](data((2, 4, 300, 70)))
+    scale, zero_point = parameters(1, (-8, 7))
+    y, clipped = cpu_fake_quantize.fake_quantize_with_clipped(x, scale, zero_point, -8, 7, [])
+    assert torch.equal(y, reference.fake_quantize(x, scale, zero_point, -8, 7, []))
+    for grad in (data(x.shape, seed=3), data(x.shape[::-1], seed=3).permute(3, 2, 1, 0)):
+        expected = reference.fake_quantize_backward(grad, x, scale, zero_point, -8, 7, [])
+        assert torch.equal(cpu_fake_quantize.zero_clipped(grad, clipped), expected)
+        assert torch.equal(reference.zero_clipped(grad, clipped), expected)
