@@ -424,7 +424,7 @@ class Scope:
         return dynamic(function, args, kwargs)
 
     def call_compiled(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As ``call``, by what eager execution found: a compiler cannot hash or inspect callables, but can compare them."""
+        """As ``call``, by what eager execution found: a compiler cannot hash or inspect callables, but compares them."""
         known = self.memo.get(number, ())
         for how, callee, what, _ in known:
             if how == _CONSTANT:
@@ -442,9 +442,12 @@ class Scope:
         for how, callee, what, _ in known:
             if callee is None:
                 return self._operator_again(how, what, function, args, kwargs)
-        if any(child is not None and child.is_active() for *_, child in known) or self._is_pending():
+        if self._is_pending() or any(
+            child is not None and child.is_active() and child.unit.original.co_name == getattr(function, "__name__", "")
+            for *_, child in known
+        ):
             where = f"{self.unit.original.co_filename}:{self.unit.call_lines[number]}"
-            msg = f"{where} calls what no eager run of the quantized model has called: run the model once before compiling it"
+            msg = f"{where} calls what no eager run of the quantized model called: run the model once before compiling it"
             raise QuantizationError(msg)
         return function(*args, **kwargs)
 

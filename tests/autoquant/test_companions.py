@@ -78,6 +78,74 @@ def test_torch_compile_fullgraph(model: nn.Module) -> None:
     assert torch.equal(compiled(_x()), expected)
 
 
+def masked_by(mask: torch.Tensor):
+    def keep(x):
+        return x[mask]
+
+    return keep
+
+
+def scaled_by(factor):
+    return lambda x: x * factor
+
+
+def doubled(x):
+    return x * 2
+
+
+def squared(x):
+    return x * x
+
+
+class Callables(nn.Module):
+    """Calls at one place: functions of one list, operators, a closure that is another in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [doubled, torch.tanh, squared, torch.sigmoid, torch.Tensor.exp]
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        for step in self.steps:
+            x = step(x)
+        for step in (doubled, masked_by(mask)):
+            x = step(x)
+        return x
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("eager_first", [False, True])
+def test_a_compiled_model_calls_what_it_is_given_not_what_stood_there_before(live: bool, eager_first: bool) -> None:
+    torch._dynamo.reset()
+    inputs = [(torch.randn(4), torch.tensor(mask)) for mask in ([True, True, False, True], [False, True, True, False])]
+    model = ff.quantize_model(Callables())
+    if eager_first or live:
+        model(*inputs[0])
+    if live:
+        for name in model.own_quantizers():
+            setattr(model, name, Scaled())
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    for x, mask in inputs:
+        assert torch.equal(compiled(x, mask), model(x, mask))
+        assert live != torch.equal(model(x, mask), Callables()(x, mask))
+
+
+class Scaled(ff.nn.Quantizer):
+    def simulate(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.01
+
+
+def test_compiling_refuses_a_callee_that_no_eager_run_has_met_where_quantizers_stand() -> None:
+    torch._dynamo.reset()
+    model = ff.quantize_model(Callables())
+    model.steps = [scaled_by(2)]
+    model(torch.ones(2), torch.tensor([True, False]))
+    for name in model.own_quantizers():
+        setattr(model, name, Scaled())
+    model.steps = [scaled_by(3)]
+    with pytest.raises(Exception, match="run the model once before compiling"):
+        torch.compile(model, fullgraph=True, backend="eager")(torch.ones(2), torch.tensor([True, False]))
+
+
 def test_torch_export(model: nn.Module) -> None:
     expected = model(_x())
     program = torch.export.export(model, (_x(),))
