@@ -424,7 +424,7 @@ class Scope:
         return dynamic(function, args, kwargs)
 
     def call_compiled(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As ``call``, by what eager execution found: a compiler cannot hash or inspect callables, but compares them."""
+        """As ``call``, by what eager execution found: a compiler can only compare callables."""
         known = self.memo.get(number, ())
         for how, callee, what, _ in known:
             if how == _CONSTANT:
@@ -447,7 +447,7 @@ class Scope:
             for *_, child in known
         ):
             where = f"{self.unit.original.co_filename}:{self.unit.call_lines[number]}"
-            msg = f"{where} calls what no eager run of the quantized model called: run the model once before compiling it"
+            msg = f"{where} calls what no eager run of the model called: run the model once before compiling it"
             raise QuantizationError(msg)
         return function(*args, **kwargs)
 
