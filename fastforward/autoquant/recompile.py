@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import linecache
+import opcode
 import os
 import re
 import sysconfig
@@ -59,6 +60,13 @@ _ARITHMETIC = frozenset(
     number
     for name, number in dis.opmap.items()
     if name.startswith(("BINARY_", "INPLACE_")) and not name.startswith(("BINARY_SUBSCR", "BINARY_SLICE"))
+)
+# Before Python 3.11 every operator had a byte code of its own; since then they are arguments of one.
+_OLD_MATRIX_PRODUCTS = frozenset(number for name, number in dis.opmap.items() if name.endswith("_MATRIX_MULTIPLY"))
+_MATRIX_PRODUCTS = frozenset(
+    (dis.opmap["BINARY_OP"], argument)
+    for argument, (_, sign) in enumerate(getattr(opcode, "_nb_ops", ()))
+    if sign in ("@", "@=")
 )
 _PRAGMA = re.compile(r"#\s*ff:\s*(.+?)\s*$")
 
@@ -302,6 +310,18 @@ def may_hold_sites(code: types.CodeType, table: OperatorTable) -> bool:
     if not _identifiers(table).isdisjoint(code.co_names):
         return True
     return any(may_hold_sites(inner, table) for inner in code.co_consts if isinstance(inner, types.CodeType))
+
+
+def names_operator(code: types.CodeType, table: OperatorTable) -> bool:
+    """A look that arithmetic alone does not pass: is a function or method of the table named, or ``@`` used?"""
+    if not _identifiers(table).isdisjoint(code.co_names) or _multiplies_matrices(code):
+        return True
+    return any(names_operator(inner, table) for inner in code.co_consts if isinstance(inner, types.CodeType))
+
+
+def _multiplies_matrices(code: types.CodeType) -> bool:
+    steps = zip(code.co_code[::2], code.co_code[1::2], strict=True)
+    return any(step in _MATRIX_PRODUCTS or step[0] in _OLD_MATRIX_PRODUCTS for step in steps)
 
 
 def _identifiers(table: OperatorTable) -> frozenset[str]:

@@ -4,16 +4,17 @@ A companion carries the float class's name, module and qualified name (libraries
 (float class, state), so that it loads wherever fastforward is installed.
 """
 
+import functools
 import inspect
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from fastforward.autoquant.callpath import FIRST
-from fastforward.autoquant.recompile import Engine, may_hold_sites
+from fastforward.autoquant.recompile import Engine, may_hold_sites, names_operator
 from fastforward.autoquant.scope import SCOPES, MethodEntry
 from fastforward.autoquant.sites import Site
 from fastforward.exceptions import AutoquantError, QuantizationWarning
@@ -147,6 +148,8 @@ def _make_companion(cls: type[torch.nn.Module], engine: Engine) -> type[Rewritte
     namespace: dict[str, Any] = {"_ff_engine": engine, "_ff_entries": entries, "float_class": cls}
     for name, raw in _methods(cls, engine):
         namespace[name] = _rewritten(name, raw, engine, entries)
+    for name, raw in _inherited(cls, engine):
+        namespace.setdefault(name, _rewritten_when_called(name, raw, engine))
 
     def body(target: dict[str, Any]) -> None:
         target.update(namespace)
@@ -178,9 +181,40 @@ def _methods(cls: type[torch.nn.Module], engine: Engine) -> list[tuple[str, Any]
 
 
 def _runs_operators(name: str, raw: Any, engine: Engine) -> bool:
+    return _may_run(name, raw, engine) and may_hold_sites(raw.__code__, engine.table)
+
+
+def _may_run(name: str, raw: Any, engine: Engine) -> bool:
     if name.startswith("__") or name in _SETUP or not isinstance(raw, types.FunctionType):
         return False
-    return engine.kind(raw) == "helper" and may_hold_sites(raw.__code__, engine.table)
+    return engine.kind(raw) == "helper"
+
+
+def _inherited(cls: type[torch.nn.Module], engine: Engine) -> Iterator[tuple[str, types.FunctionType]]:
+    """Methods from classes of other Python modules that name a tensor operator.
+
+    They are many where a library's base class comes in (saving, loading, generating), and most are never called.
+    """
+    seen: set[str] = set()
+    for base in cls.__mro__:
+        if base.__module__ != cls.__module__ and base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for name, raw in vars(base).items():
+                if name not in seen and _may_run(name, raw, engine) and names_operator(raw.__code__, engine.table):
+                    yield name, raw
+        seen.update(vars(base))
+
+
+def _rewritten_when_called(name: str, raw: types.FunctionType, engine: Engine) -> Any:
+    """``raw`` until somebody calls it on a companion; from then on the companion has its rewritten form."""
+
+    @functools.wraps(raw)
+    def first_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = next(base for base in type(self).__mro__ if vars(base).get(name) is first_call)
+        method = _rewritten(name, raw, engine, {})
+        setattr(owner, name, method)
+        return method(self, *args, **kwargs)
+
+    return first_call
 
 
 def _properties(cls: type, functions: Any) -> dict[str, property]:
