@@ -1,7 +1,8 @@
 """Bias correction: the mean error that quantization causes at a layer's output is taken off its bias.
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2, with
-the means taken from calibration data. It acts on layers that have a bias.
+the means taken from calibration data. It acts on layers that have a bias, and on those channels where the mean of the
+other samples would have lowered the error of each sample left out.
 """
 
 import torch
@@ -12,38 +13,42 @@ from fastforward.calibration.samples import SampledCall
 from fastforward.nn.quantizer import Quantizer
 
 
-def linear_shift(inputs: LinearInputs, mean_output: Tensor) -> Tensor:
+def linear_shift(inputs: LinearInputs, exact: Tensor) -> Tensor:
     """What to add to a linear layer's bias, ``[out_features]``.
 
     Args:
         inputs: The layer, quantized, and its sample.
-        mean_output: The float layer's mean output without bias, from before its weight was changed.
+        exact: The float layer's output without bias, from before its weight was changed, ``[rows, out_features]``.
     """
     weight: Tensor = inputs.layer.weight_quantizer(inputs.weight())
-    return mean_output - inputs.quantized().mean(0) @ weight.t()
+    return helpful_mean(exact - inputs.quantized() @ weight.t())
 
 
-def conv_mean(call: SampledCall) -> Tensor:
-    """Mean output of each channel of a convolution, ``[out_channels]``."""
-    return _channel_mean(call.run())
-
-
-def conv_shift(call: SampledCall, layer: torch.nn.Module, mean_output: Tensor) -> Tensor:
+def conv_shift(call: SampledCall, layer: torch.nn.Module) -> Tensor:
     """What to add to a convolution's bias, ``[out_channels]``.
 
     Args:
         call: A sampled call of the layer.
         layer: The layer with its calibrated quantizers.
-        mean_output: What :func:`conv_mean` gave.
     """
-    x, weight = call.arguments["input"], call.arguments["weight"]
     quantized: dict[str, Tensor] = {}
-    for name, value in (("input", x), ("weight", weight)):
+    for name in ("input", "weight"):
         quantizer = getattr(layer, f"{name}_quantizer", None)
+        value = call.arguments[name]
         quantized[name] = quantizer(value) if isinstance(quantizer, Quantizer) else value
-    return mean_output - _channel_mean(call.run(**quantized))
+    error = call.run().float() - call.run(**quantized).float()
+    channels = error.flatten(2) if error.dim() > 2 else error[..., None]
+    # Places of one image are alike, so whole images are left out, as long as there are several.
+    samples = channels.mean(2) if len(channels) > 1 else channels[0].t()
+    return helpful_mean(samples)
 
 
-def _channel_mean(output: Tensor) -> Tensor:
-    axes = [axis for axis in range(output.dim()) if axis != 1]
-    return output.float().mean(axes)
+def helpful_mean(errors: Tensor) -> Tensor:
+    """The mean of ``errors`` (``[samples, channels]``) where taking it off pays, zero elsewhere: ``[channels]``.
+
+    It pays where the mean of the other samples lowers the squared error of each sample left out, summed over all.
+    """
+    count, mean = len(errors), errors.mean(0)
+    others = (count * mean - errors) / max(count - 1, 1)
+    gain = (others * (2 * errors - others)).sum(0)
+    return torch.where(gain > 0, mean, torch.zeros_like(mean))

@@ -39,9 +39,9 @@ class LinearInputs:
         weight = self.layer.weight.detach().float()
         return weight if self.layer.smoothing is None else weight * self.layer.smoothing
 
-    def mean_output(self) -> Tensor:
-        """The mean of the float layer's output without bias, ``[out_features]``."""
-        return self.rows.float().mean(0) @ self.layer.weight.detach().float().t()
+    def exact(self) -> Tensor:
+        """What the float layer makes of the rows, without bias, float32 ``[rows, out_features]``."""
+        return self.rows.float() @ self.layer.weight.detach().float().t()
 
 
 def linear_inputs(model: torch.nn.Module, flow: Flow, samples: Samples) -> Iterator[LinearInputs]:

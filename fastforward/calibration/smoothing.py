@@ -11,6 +11,7 @@ exactly leaves no room for others, and costs 1.3 dB on MiniLM.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -24,6 +25,8 @@ from fastforward.quantization.granularity import PerTensor, blocked, min_max
 
 STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FOLDS = 4
+MARGIN = 0.9
+"""Smoothing has to lower the error below this share: it costs a multiplication, and a small gain is chance."""
 SEARCH_ROWS = 384
 _SMALLEST = 1e-5
 
@@ -125,7 +128,8 @@ def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS)
         }
         for strength in strengths:
             errors[strength] += _held_out_error(group, strength, others, held_out, exact)
-    return min(errors, key=lambda strength: errors[strength])
+    best = min(errors, key=lambda strength: errors[strength])
+    return best if errors[best] < MARGIN * errors.get(0.0, math.inf) else 0.0
 
 
 def _held_out_error(

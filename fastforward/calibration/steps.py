@@ -79,13 +79,15 @@ def refine_linears(model: torch.nn.Module, flow: Flow, samples: Samples, steps: 
     steps = frozenset(steps)
     shared = shared_parameters(model)
     for inputs in linear_inputs(model, flow, samples):
-        mean_output = inputs.mean_output()
+        corrected = "correct_bias" in steps and _owns_bias(inputs.layer, shared)
+        rounded = "round_weights" in steps and id(inputs.layer.weight) not in shared
         undo.keep_values(inputs.layer)
         with torch.no_grad():
-            if "round_weights" in steps and id(inputs.layer.weight) not in shared and weight_rounding.can_round(inputs):
-                inputs.layer.weight.copy_(weight_rounding.round_weight(inputs))
-            if "correct_bias" in steps:
-                _add_to_bias(inputs.layer, bias_correction.linear_shift(inputs, mean_output), shared)
+            exact = inputs.exact()
+            if rounded and weight_rounding.can_round(inputs):
+                inputs.layer.weight.copy_(weight_rounding.round_weight(inputs, mean_absorbed=corrected))
+            if corrected:
+                _add_to_bias(inputs.layer, bias_correction.linear_shift(inputs, exact))
 
 
 def correct_conv_biases(model: torch.nn.Module, flow: Flow, samples: Samples, undo: Undo) -> None:
@@ -94,11 +96,10 @@ def correct_conv_biases(model: torch.nn.Module, flow: Flow, samples: Samples, un
     shared = shared_parameters(model)
     for path, call in _conv_calls(flow, samples):
         layer = modules[path]
-        if isinstance(getattr(layer, "bias", None), Tensor):
+        if _owns_bias(layer, shared):
             undo.keep_values(layer)
             with torch.no_grad():
-                shift = bias_correction.conv_shift(call, layer, bias_correction.conv_mean(call))
-                _add_to_bias(layer, shift, shared)
+                _add_to_bias(layer, bias_correction.conv_shift(call, layer))
 
 
 def _conv_calls(flow: Flow, samples: Samples) -> list[tuple[str, SampledCall]]:
@@ -111,9 +112,15 @@ def _conv_calls(flow: Flow, samples: Samples) -> list[tuple[str, SampledCall]]:
     ]
 
 
-def _add_to_bias(layer: torch.nn.Module, shift: Tensor, shared: frozenset[int]) -> None:
+def _owns_bias(layer: torch.nn.Module, shared: frozenset[int]) -> bool:
+    bias = getattr(layer, "bias", None)
+    return isinstance(bias, Tensor) and id(bias) not in shared
+
+
+def _add_to_bias(layer: torch.nn.Module, shift: Tensor) -> None:
     bias = layer.bias
-    if isinstance(bias, Tensor) and id(bias) not in shared and bool(torch.isfinite(shift).all()):
+    assert isinstance(bias, Tensor)
+    if bool(torch.isfinite(shift).all()):
         bias.add_(shift.to(bias.dtype))
 
 

@@ -1,47 +1,81 @@
 """Weight rounding by error feedback: each weight's rounding error is made up for by those not rounded yet.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023, section 3, on
-the inputs as the quantized layer sees them. Their mean is taken out first: what rounding does to it is a constant,
-which bias correction removes.
+the inputs as the quantized layer sees them. Where bias correction follows, the inputs' mean is taken out first: what
+rounding does to it is a constant, which the bias then absorbs. Where nothing absorbs it, it counts.
+
+Every output channel is judged first, by a rounding made without some of the rows, on those rows: where it comes out no
+better than rounding to nearest, the channel is rounded to nearest.
 """
+
+import warnings
 
 import torch
 from torch import Tensor
 
 from fastforward.calibration.linear_inputs import LinearInputs
-from fastforward.exceptions import CalibrationError
+from fastforward.exceptions import CalibrationError, QuantizationWarning
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.quantization.granularity import PerChannel, PerGroup, blocked
 
 DAMPING = 0.2
 """Added to the diagonal of the inputs' covariance, relative to its mean: with a few thousand rows less overfits."""
+_LARGEST_DAMPING = 1e6
+_HELD_OUT = 4
+"""One row in so many is kept for judging."""
 _BLOCK = 64
-_ROUNDOFF = 1e-6  # what is left of constant inputs once their mean is taken out
 
 
 def can_round(inputs: LinearInputs) -> bool:
     """Whether the layer's weight quantizer is one that error feedback knows: integers per output channel or group."""
     quantizer = inputs.layer.weight_quantizer
     known = isinstance(quantizer, LinearQuantizer) and isinstance(quantizer.granularity, (PerChannel, PerGroup))
-    return known and quantizer.is_calibrated and inputs.rows.shape[0] > 1
+    return known and quantizer.is_calibrated and inputs.rows.shape[0] >= 2 * _HELD_OUT
 
 
-def round_weight(inputs: LinearInputs, damping: float = DAMPING) -> Tensor:
+def round_weight(inputs: LinearInputs, damping: float = DAMPING, *, mean_absorbed: bool = False) -> Tensor:
     """Return a weight for the layer that lies on its quantizer's grid (times ``1 / smoothing``): same shape and dtype.
+
+    Warns with QuantizationWarning, and rounds to nearest, where the sampled inputs allow no error feedback.
+
+    Args:
+        inputs: The layer and its sample.
+        damping: See ``DAMPING``.
+        mean_absorbed: A bias will take up the mean of the output's error.
 
     Raises:
         CalibrationError: The inputs are not finite.
     """
-    layer = inputs.layer
-    rounded = rounded_on_grid(inputs.weight(), inputs.quantized(), layer.weight_quantizer, damping)
-    if not bool(torch.isfinite(rounded).all()):
+    layer, weight, rows = inputs.layer, inputs.weight(), inputs.quantized()
+    if not bool(torch.isfinite(rows).all() & torch.isfinite(weight).all()):
         msg = f"the sampled inputs of {inputs.path} are not finite: check the calibration data and the layers before it"
         raise CalibrationError(msg)
+    rounded: Tensor = layer.weight_quantizer(weight)
+    held_out = rows.shape[0] // _HELD_OUT
+    trial, final = (
+        rounded_on_grid(weight, seen, layer.weight_quantizer, damping, centred=mean_absorbed)
+        for seen in (rows[held_out:], rows)
+    )
+    if trial is None or final is None:
+        msg = f"the weight of {inputs.path} is rounded to nearest: its sampled inputs allow no error feedback"
+        warnings.warn(msg, QuantizationWarning, stacklevel=2)
+    else:
+        costs = [_held_out_error(inputs, rows, candidate, held_out, mean_absorbed) for candidate in (trial, rounded)]
+        rounded = torch.where((costs[0] < costs[1])[:, None], final, rounded)
     smoothing = layer.smoothing
     return (rounded if smoothing is None else rounded / smoothing).to(layer.weight.dtype)
 
 
-def rounded_on_grid(weight: Tensor, rows: Tensor, quantizer: object, damping: float = DAMPING) -> Tensor:
+def _held_out_error(inputs: LinearInputs, rows: Tensor, weight: Tensor, count: int, mean_absorbed: bool) -> Tensor:
+    """Squared error of each output channel on the first ``count`` rows, ``[out]``; the bias is made from the others."""
+    error = rows @ weight.t() - inputs.exact()
+    absorbed = error[count:].mean(0) if mean_absorbed else 0.0
+    return (error[:count] - absorbed).square().sum(0)
+
+
+def rounded_on_grid(
+    weight: Tensor, rows: Tensor, quantizer: object, damping: float = DAMPING, *, centred: bool = False
+) -> Tensor | None:
     """Error feedback along the input features, those of largest variance first.
 
     Args:
@@ -49,22 +83,29 @@ def rounded_on_grid(weight: Tensor, rows: Tensor, quantizer: object, damping: fl
         rows: Inputs that the weight will multiply, ``[rows, in]``.
         quantizer: The calibrated quantizer of the weight.
         damping: See ``DAMPING``.
+        centred: Whether the rows' mean does not matter.
+
+    Returns:
+        ``None`` if the rows say nothing about how errors add up.
     """
     assert isinstance(quantizer, LinearQuantizer)
+    feedback = _feedback(rows - rows.mean(0) if centred else rows, damping)
+    if feedback is None:
+        return None
+    order, upper = feedback
     scale, zero_point = (_per_element(p, weight, quantizer) for p in (quantizer.scale, quantizer.rounded_zero_point()))
-    order, upper = _feedback(rows, damping)
-    work, scale, zero_point = (part[:, order].clone() for part in (weight, scale, zero_point))
+    # One input feature a line, so that each step reads consecutive memory.
+    work, scale, zero_point = (part.t()[order].contiguous() for part in (weight, scale, zero_point))
     rounded = torch.empty_like(work)
-    for start in range(0, work.shape[1], _BLOCK):
-        end = min(start + _BLOCK, work.shape[1])
-        errors = torch.empty(work.shape[0], end - start, device=work.device)
-        for column in range(start, end):
-            value = work[:, column]
-            rounded[:, column] = quantizer.grid.round(value, scale[:, column], zero_point[:, column])
-            errors[:, column - start] = (value - rounded[:, column]) / upper[column, column]
-            work[:, column + 1 : end] -= torch.outer(errors[:, column - start], upper[column, column + 1 : end])
-        work[:, end:] -= errors @ upper[start:end, end:]
-    return rounded[:, order.argsort()]
+    for start in range(0, len(work), _BLOCK):
+        end = min(start + _BLOCK, len(work))
+        errors = torch.empty_like(work[start:end])
+        for line in range(start, end):
+            rounded[line] = quantizer.grid.round(work[line], scale[line], zero_point[line])
+            errors[line - start] = (work[line] - rounded[line]) / upper[line, line]
+            work[line + 1 : end].addr_(upper[line, line + 1 : end], errors[line - start], alpha=-1)
+        work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+    return rounded[order.argsort()].t().contiguous()
 
 
 def _per_element(parameter: Tensor, weight: Tensor, quantizer: LinearQuantizer) -> Tensor:
@@ -73,13 +114,26 @@ def _per_element(parameter: Tensor, weight: Tensor, quantizer: LinearQuantizer) 
     return granularity.spread(parameter.detach(), weight.shape).expand_as(blocks).reshape(weight.shape)
 
 
-def _feedback(rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The order of the features, and the upper Cholesky factor of the inverse of their damped covariance."""
-    centred = rows - rows.mean(0)
-    covariance = centred.t() @ centred
-    diagonal = covariance.diagonal()
-    diagonal += torch.maximum(damping * diagonal.mean(), _ROUNDOFF * rows.square().sum(0).mean()).clamp_min(_ROUNDOFF)
-    order = diagonal.argsort(descending=True)
-    covariance = covariance[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-    return order, torch.linalg.cholesky(inverse, upper=True)
+def _feedback(rows: Tensor, damping: float) -> tuple[Tensor, Tensor] | None:
+    """The order of the features, and the upper Cholesky factor of the inverse of their damped second moments.
+
+    The damping grows until the factorization succeeds; ``None`` if it never does, or if the rows are all zero.
+    """
+    rows = rows.double()  # the spread of real features is wider than the square root of float32's precision
+    moments = rows.t() @ rows
+    average = moments.diagonal().mean()
+    if not bool(average > 0):
+        return None
+    moments /= average
+    order = moments.diagonal().argsort(descending=True)
+    moments = moments[order][:, order]
+    while damping <= _LARGEST_DAMPING:
+        damped = moments + damping * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+        # M M^T with M upper triangular, from the factors of the matrix read backwards; then the inverse is U^T U.
+        lower, failure = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failure):
+            unit = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+            return order, upper.to(torch.float32)
+        damping = max(10 * damping, 1e-6)
+    return None
