@@ -63,17 +63,17 @@ def _run(
         return
     if _is_single(x, tile) and scale.numel() == zero_point.numel() == 1 and out.is_contiguous():
         inverse, low, high, step = _one_grid(scale, zero_point, qmin, qmax)
-        _round_to_grid(x, out, inverse, low, high, step, clipped)
+        _round_to_grid(x, out, clipped, inverse, low, high, step)
         return
     sweep = Sweep(tuple(x.shape), tile, like=out)
     grid = grid_of(sweep, scale, zero_point, qmin, qmax)
     views = [sweep.view(x), sweep.view(out)]
     if clipped is None:
-        for piece in sweep.chunks(views, grid):
-            _round_to_grid(*piece)
+        for source, target, *parameters in sweep.chunks(views, grid):
+            _round_to_grid(source, target, None, *parameters)
     else:
-        for source, target, mask, *parameters in sweep.chunks([*views, sweep.view(clipped)], grid):
-            _round_to_grid(source, target, *parameters, mask)
+        for piece in sweep.chunks([*views, sweep.view(clipped)], grid):
+            _round_to_grid(*piece)
     sweep.write_back(out, views[1])
 
 
@@ -107,11 +107,11 @@ def grid_of(sweep: Sweep, scale: Tensor, zero_point: Tensor, qmin: int, qmax: in
 def _round_to_grid(
     x: Tensor,
     out: Tensor,
+    clipped: Tensor | None,
     inverse: Tensor,
     low: Parameter,
     high: Parameter,
     scale: Tensor,
-    clipped: Tensor | None = None,
 ) -> None:
     direct = x.dtype == torch.float32 == out.dtype
     v = out if direct else scratch(0, x).copy_(x)

@@ -131,22 +131,34 @@ def _onednn_linear(
 ) -> Tensor:
     pack = PACKS.get(weight, "linear", lambda: torch.ops.onednn.qlinear_prepack(weight, None))
     zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
-    step, zero = _output_grid(out_scale, out_zero_point)
-    made = torch.float32 if out_dtype == torch.float16 else out_dtype
+    step, made = _made_by_onednn(out_dtype, out_scale, out_zero_point)
     name, algorithm = POST_OPS[activation]
     inputs = (x, float(x_scale), zero_point, pack, weight_scale, zeros)
     if residual is None:
-        y = torch.ops.onednn.qlinear_pointwise(*inputs, bias, step, zero, made, name, [], algorithm)
+        y = torch.ops.onednn.qlinear_pointwise(*inputs, bias, step, 0, made, name, [], algorithm)
     else:
         post_op: tuple[Any, ...] = (1.0, 0, "add", 1.0, name, [], algorithm)
-        y = torch.ops.onednn.qlinear_pointwise.binary(*inputs, residual.float(), bias, step, zero, made, *post_op)
-    return y.to(out_dtype)  # type: ignore[no-any-return]
+        y = torch.ops.onednn.qlinear_pointwise.binary(*inputs, residual.float(), bias, step, 0, made, *post_op)
+    return _converted(y, out_dtype, out_scale, out_zero_point)
 
 
-def _output_grid(out_scale: Tensor | None, out_zero_point: Tensor | None) -> tuple[float, int]:
+def _made_by_onednn(
+    out_dtype: torch.dtype, out_scale: Tensor | None, out_zero_point: Tensor | None
+) -> tuple[float, torch.dtype]:
+    """Return the scale and type of the result that oneDNN is asked for: integers only with no zero point to add."""
     if out_scale is None:
-        return 1.0, 0
-    return float(out_scale), 0 if out_zero_point is None else int(out_zero_point)
+        return 1.0, torch.float32 if out_dtype == torch.float16 else out_dtype
+    if out_zero_point is not None and int(out_zero_point):
+        return 1.0, torch.float32
+    return float(out_scale), out_dtype
+
+
+def _converted(y: Tensor, out_dtype: torch.dtype, out_scale: Tensor | None, out_zero_point: Tensor | None) -> Tensor:
+    """Return what :func:`epilogue.convert` returns, quantizing in one pass."""
+    if out_scale is None or y.dtype == out_dtype:
+        return y.to(out_dtype)
+    zero_point = torch.zeros((), dtype=torch.int32) if out_zero_point is None else out_zero_point
+    return quantize_per_tensor(y, out_scale, zero_point, *epilogue.INTEGER_RANGES[out_dtype])
 
 
 def int8_linear_quantizing(
@@ -220,15 +232,15 @@ def int8_conv(
     inputs = (data, float(x_scale), zero_point, _conv_pack(weight, weight_scale, geometry, data), weight_scale)
     zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
     if residual is None and activation in ("none", "relu"):
-        step, zero = _output_grid(out_scale, out_zero_point)
-        made = torch.float32 if out_dtype == torch.float16 else out_dtype
+        step, made = _made_by_onednn(out_dtype, out_scale, out_zero_point)
         name, algorithm = POST_OPS[activation]
-        y = _qconv(*inputs, zeros, bias, *geometry, step, zero, made, name, [], algorithm).to(out_dtype)
+        y = _qconv(*inputs, zeros, bias, *geometry, step, 0, made, name, [], algorithm)
     else:
         y = _qconv(*inputs, zeros, bias, *geometry, 1.0, 0, torch.float32, "none", [], "")
-        y = y if residual is None else y.add_(residual)
-        y = epilogue.convert(epilogue.ACTIVATIONS[activation](y), out_dtype, out_scale, out_zero_point)
-    return reference.channels_last(y)
+        y = epilogue.ACTIVATIONS[activation](y if residual is None else y.add_(residual))
+    made_last = y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last)
+    y = _converted(y.movedim(1, -1) if made_last else y, out_dtype, out_scale, out_zero_point)
+    return reference.channels_last(y.movedim(-1, 1) if made_last else y)
 
 
 def _qconv(*args: Any) -> Tensor:

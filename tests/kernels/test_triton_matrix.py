@@ -83,6 +83,16 @@ def test_activations_against_float64(activation):
     assert (y - epilogue.ACTIVATIONS[activation](before.double())).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("zero_point", [0, 1, -128])
+def test_requantizing_is_quantizing_the_result(zero_point):
+    packed = ffk.pack_linear_weight(integers((64, 8), seed=1).clamp(-3, 3), torch.ones(64))
+    arguments = (integers((32, 8)).clamp(-8, 8), torch.tensor(0.5), None, *packed, None, None, "none")
+    y = int8_matmul.int8_linear(*arguments, *FLOAT)
+    grid = (torch.tensor(1.0), int32(zero_point))
+    q = int8_matmul.int8_linear(*arguments, torch.int8, *grid)
+    assert (y % 1 == 0.5).any() and torch.equal(q, ffk.quantize(y, *grid, -128, 127, torch.int8))
+
+
 @pytest.mark.parametrize("split", [1, 2, 5])
 def test_splitting_the_inner_axis_changes_nothing(split, monkeypatch):
     monkeypatch.setattr(int8_matmul, "_splits", lambda *_: split)

@@ -85,8 +85,9 @@ def finished(y, out_scale_ptr, out_zero_point_ptr, dtype: tl.constexpr, REQUANTI
     if REQUANTIZE:
         low: tl.constexpr = -128.0 if dtype == tl.int8 else 0.0
         high: tl.constexpr = 127.0 if dtype == tl.int8 else 255.0
-        shifted = y * inverse(tl.load(out_scale_ptr)) + tl.load(out_zero_point_ptr).to(tl.float32)
-        result = rint(clamp(shifted, low, high)).to(tl.int32).to(dtype)
+        zero_point = tl.load(out_zero_point_ptr).to(tl.float32)
+        centred = centred_integer(y, inverse(tl.load(out_scale_ptr)), low - zero_point, high - zero_point)
+        result = (centred + zero_point).to(tl.int32).to(dtype)
     else:
         result = to_dtype(y, dtype)
     return result
