@@ -133,12 +133,14 @@ def kept_decorators(node: Any, outer: Any) -> list[ast.expr]:
         node: The definition.
         outer: What the class holds under the method's name, with all decorators applied.
 
-    A decorator that returned the function itself (it only documents or registers it) has done its work already.
+    A decorator that returned the function itself (it only documents or registers it) has done its work already. What a
+    base class's ``__init_subclass__`` wraps around the methods of its subclasses is no decorator.
     """
     wrappers = []
     current = outer
     while hasattr(current, "__wrapped__"):
-        wrappers.append(current)
+        if _origin(current) != "__init_subclass__":
+            wrappers.append(current)
         current = current.__wrapped__
     if not wrappers:
         return []

@@ -243,7 +243,8 @@ class FlowRecorder(TorchFunctionMode):
             return
         for out in outs:
             trace = self._traces[out] = fresh(parameter=from_parameters, producer=site.number)
-            self._unsited[trace.root] = site.number
+            if operator is None or operator.kind != "move":  # the values that a movement joins have sites of their own
+                self._unsited[trace.root] = site.number
 
     def _consume(self, site: Site, inputs: Iterable[Tensor]) -> None:
         for tensor in inputs:

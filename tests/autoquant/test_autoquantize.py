@@ -1,6 +1,7 @@
 """`autoquantize` itself: its options, where its code goes, what evidence removes, and what it refuses."""
 
 import ast
+import functools
 import io
 import sys
 from pathlib import Path
@@ -166,6 +167,41 @@ def test_stubs_carry_role_tags() -> None:
     }
     found = ff.find_quantizers(model, "**/[quantizer:parameter/weight]")
     assert [result.full_name for result in found] == ["quantizer_self_weight"]
+
+
+class Wrapping(nn.Module):
+    def __init_subclass__(cls) -> None:
+        forward = vars(cls).get("forward")
+        if forward is not None:
+
+            @functools.wraps(forward)
+            def counted(self, *args):
+                return forward(self, *args)
+
+            cls.forward = counted
+
+
+_documented: set[str] = set()
+
+
+def documented_once(function):
+    assert function.__qualname__ not in _documented, "a decorator with a side effect runs again"
+    _documented.add(function.__qualname__)
+    return function
+
+
+class Wrapped(Wrapping):
+    @documented_once
+    def forward(self, x):
+        return x * 2
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="code objects do not know where they were defined")
+def test_what_a_base_class_wraps_around_methods_is_no_decorator() -> None:
+    generated = ff.autoquantize(Wrapped(), auto_import=True, code_writer=BasicCodeWriter("wrapped_once"))
+    assert "documented_once" not in generated.code
+    model = ff.quantize_model(Wrapped(), extra_conversion={Wrapped: generated.pymodule.QuantizedWrapped})
+    assert torch.equal(model(torch.ones(2)), torch.full((2,), 2.0))
 
 
 # ------------------------------------------------------------------ evidence
