@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastforward.autoquant.annotation_watch import watching
 from fastforward.calibration import steps as calibration_steps
 from fastforward.calibration.batches import Batches, Call, Data
 from fastforward.calibration.choose import automatic
@@ -143,7 +144,7 @@ class _Calibration:
     def _record(self) -> tuple[Flow, Samples]:
         samples = Samples(len(self.batches))
         recorder = FlowRecorder(self.model, table=self.table, listener=samples)
-        with without_smoothing(self.model), passing_through(self.model), recorder:
+        with without_smoothing(self.model), passing_through(self.model), recorder, watching(self.model):
             self.batches.run(self.model, "recording", progress=self.progress, each=recorder.output)
         return recorder.flow(), samples
 

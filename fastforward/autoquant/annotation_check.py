@@ -14,7 +14,8 @@ import torch
 from fastforward.autoquant import kinds
 from fastforward.autoquant.helpers import TextUnit
 from fastforward.autoquant.kinds import Kind
-from fastforward.autoquant.marks import UNKNOWN
+from fastforward.autoquant.marks import UNKNOWN, Resolver
+from fastforward.autoquant.source import FunctionNode, qualname
 
 Promises = dict[str, ast.expr]
 """Parameter (or ``return``) -> its annotation, where that excludes tensors."""
@@ -30,7 +31,9 @@ def wrong_annotations(units: Iterable[TextUnit], run: Callable[[], object]) -> l
     Returns:
         A message for each wrong annotation: file and line, function, parameter, annotation.
     """
-    promises = {unit.function.__code__: (unit, found) for unit in units if (found := promises_of(unit))}
+    promises = {
+        unit.function.__code__: (unit, found) for unit in units if (found := promises_of(unit.node, unit.resolve))
+    }
     messages: dict[tuple[types.CodeType, str], str] = {}
 
     def look(frame: types.FrameType, event: str, value: object) -> None:
@@ -42,7 +45,7 @@ def wrong_annotations(units: Iterable[TextUnit], run: Callable[[], object]) -> l
             if (name == "return") == (event == "return"):
                 held = value if event == "return" else frame.f_locals.get(name)
                 if holds_floating_tensor(held):
-                    messages[frame.f_code, name] = _message(unit, name, annotation)
+                    messages[frame.f_code, name] = message(frame.f_code, name, annotation)
 
     before = sys.getprofile()
     sys.setprofile(look)
@@ -53,16 +56,16 @@ def wrong_annotations(units: Iterable[TextUnit], run: Callable[[], object]) -> l
     return list(messages.values())
 
 
-def promises_of(unit: TextUnit) -> Promises:
-    """The annotations of a function that exclude floating tensors."""
+def promises_of(node: FunctionNode, look_up: Resolver) -> Promises:
+    """The annotations of a function that exclude floating tensors; ``look_up`` knows its names."""
 
     def resolve(name: ast.expr) -> Any:
-        found = unit.resolve(name)
+        found = look_up(name)
         return None if found is UNKNOWN else found
 
-    arguments = unit.node.args
+    arguments = node.args
     found = {a.arg: a.annotation for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
-    found["return"] = getattr(unit.node, "returns", None)
+    found["return"] = getattr(node, "returns", None)
     return {
         name: annotation
         for name, annotation in found.items()
@@ -77,11 +80,11 @@ def holds_floating_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _message(unit: TextUnit, name: str, annotation: ast.expr) -> str:
-    code = unit.function.__code__
+def message(code: types.CodeType, name: str, annotation: ast.expr) -> str:
+    """What is wrong with the annotation of parameter ``name`` (or ``return``) of the function with this code."""
     subject = "the result" if name == "return" else f"parameter {name!r}"
     where = f"{code.co_filename}:{annotation.lineno}"
     return (
-        f"{where}: {subject} of {unit.function.__qualname__} is annotated {ast.unparse(annotation)!r} but is a "
+        f"{where}: {subject} of {qualname(code)} is annotated {ast.unparse(annotation)!r} but is a "
         "floating tensor: no quantizer is placed for it. Correct the annotation"
     )

@@ -28,7 +28,7 @@ def method_name(function: Any) -> str:
 def receiver_of(function: Any) -> Any:
     """The tensor, or the value that stands for one while tracing, whose method ``function`` is; ``None`` otherwise."""
     if isinstance(function, torch.fx.Proxy):
-        return function.root  # type: ignore[attr-defined]
+        return function.root
     me = getattr(function, "__self__", None)
     return me if isinstance(me, torch.Tensor) else None
 

@@ -87,6 +87,8 @@ class Unit:
         self_calls: Numbered calls of the form ``self.name(...)``.
         module_calls: Numbered calls of the form ``self.name.name(...)``: the names.
         dispatch: Output site -> the function that a custom operator table gives for the operator.
+        node: Its AST as the user wrote it, and ``resolve``, which knows its names.
+        promises: Its annotations that exclude tensors, once somebody asked; ``warned`` are those found to be wrong.
     """
 
     original: types.CodeType
@@ -101,6 +103,10 @@ class Unit:
     module_calls: dict[int, tuple[str, ...]] = field(default_factory=dict)
     dispatch: dict[int, Any] = field(default_factory=dict)
     metadata: dict[int, Any] = field(default_factory=dict)
+    node: FunctionNode | None = None
+    resolve: Resolver = lambda _: UNKNOWN
+    promises: dict[str, Any] | None = None
+    warned: set[str] = field(default_factory=set)
 
     @property
     def is_wrapper(self) -> bool:
@@ -231,6 +237,11 @@ class Engine:
             warnings.warn(f"stays float: {error}", QuantizationWarning, stacklevel=2)
             return None
 
+    def unit_of(self, code: types.CodeType) -> Unit | None:
+        """The rewritten function whose code, original or rewritten, this is; ``None`` if there is none so far."""
+        known = self._units.get(id(code))
+        return known[1] if known is not None and known[0] is code else None
+
     def require_unit(self, function: types.FunctionType) -> Unit:
         """The rewritten form of ``function``.
 
@@ -260,6 +271,8 @@ class Engine:
             static_calls=statics,
             dispatch=_dispatched(marks),
             self_calls={n: names[0] for n, call in enumerate(calls) if len(names := _on(me, call.func)) == 1},
+            node=located.node,
+            resolve=resolve,
             module_calls={n: names for n, call in enumerate(calls) if (names := _on(me, call.func))},
         )
         rewrite(node, marks)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from fastforward.autoquant.annotation_watch import watching
 from fastforward.calibration.min_max import MinMax, forget_latest
 from fastforward.calibration.observer import Observer
 from fastforward.exceptions import CalibrationError, QuantizationWarning
@@ -206,7 +207,8 @@ def estimate_ranges(
         raise CalibrationError(msg)
     estimation.attach()
     try:
-        yield estimation
+        with watching(target):
+            yield estimation
     finally:
         estimation.freeze()
     estimation.merge_processes()
