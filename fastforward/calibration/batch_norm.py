@@ -13,11 +13,12 @@ from torch import Tensor
 from fastforward.calibration.flow import Flow, Site
 
 _NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+# Layer class of each operator, and how many axes follow that of the channels in its output.
 _LAYERS = {
-    "linear": (torch.nn.Linear,),
-    "conv1d": (torch.nn.Conv1d,),
-    "conv2d": (torch.nn.Conv2d,),
-    "conv3d": (torch.nn.Conv3d,),
+    "linear": (torch.nn.Linear, 0),
+    "conv1d": (torch.nn.Conv1d, 1),
+    "conv2d": (torch.nn.Conv2d, 2),
+    "conv3d": (torch.nn.Conv3d, 3),
 }
 
 
@@ -30,7 +31,7 @@ class FoldablePair:
 
 
 def foldable(model: torch.nn.Module, flow: Flow) -> Iterator[FoldablePair]:
-    """The pairs that one run shows: each module runs at one site, and the norm is the layer's only consumer."""
+    """The pairs that one run shows: each module runs at one site, and the norm alone uses the channels of the layer."""
     modules = dict(model.named_modules())
     sites: dict[str, list[Site]] = {}
     for site in flow.sites:
@@ -41,12 +42,21 @@ def foldable(model: torch.nn.Module, flow: Flow) -> Iterator[FoldablePair]:
             continue
         norm = flow.sites[min(consumers)]
         alone = all(len(sites[site.module]) == 1 for site in (layer, norm))
-        if alone and norm.operator == "batch_norm" and _fits(modules[layer.module], layer, modules[norm.module]):
+        if not alone or norm.operator != "batch_norm" or layer.operator not in _LAYERS:
+            continue
+        if _fits(modules[layer.module], layer, modules[norm.module]) and _same_channels(flow, layer, norm):
             yield FoldablePair(layer.module, norm.module)
 
 
+def _same_channels(flow: Flow, layer: Site, norm: Site) -> bool:
+    """Whether the axis that the norm works on, the second, is that of the layer's output channels."""
+    after = _LAYERS[layer.operator][1] + 1
+    layouts = flow.layouts.get((layer.number, norm.number), frozenset())
+    return all(layout.axes[1] == layout.dims - after for layout in layouts)
+
+
 def _fits(layer: torch.nn.Module, site: Site, norm: torch.nn.Module) -> bool:
-    if not isinstance(layer, _LAYERS.get(site.operator, ())) or not isinstance(norm, _NORMS):
+    if not isinstance(layer, _LAYERS[site.operator][0]) or not isinstance(norm, _NORMS):
         return False
     owned = "weight" in layer._parameters and layer.weight is not None
     return owned and isinstance(norm.running_mean, Tensor) and isinstance(norm.running_var, Tensor)

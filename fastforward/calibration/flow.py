@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fastforward.calibration.trace import Layout
 from fastforward.nn.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Flow:
             the model's own output.
         outside: Sites whose result no stub sees: operators that stay float whatever a scheme says.
         parameters: Ids of the parameters that the run read.
+        layouts: For producer and consumer, how the axes of the value lay when it was used, in all calls.
     """
 
     sites: list[Site] = dataclasses.field(default_factory=list)
@@ -98,6 +100,7 @@ class Flow:
     consumers: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     outside: list[Site] = dataclasses.field(default_factory=list)
     parameters: frozenset[int] = frozenset()
+    layouts: dict[tuple[int, int], frozenset[Layout]] = dataclasses.field(default_factory=dict)
 
     @property
     def multiplying(self) -> list[Site]:

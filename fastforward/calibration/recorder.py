@@ -20,7 +20,7 @@ from fastforward.calibration.flow import OUTPUT, Flow, Operand, OperandKind, Sit
 from fastforward.calibration.frames import scopes, user_place
 from fastforward.calibration.macs import multiply_accumulates
 from fastforward.calibration.torch_calls import bind, find_operator, function_name, functionals_open, moves, pads
-from fastforward.calibration.trace import Trace, fresh, is_parameter, moved, passed, tensors_in
+from fastforward.calibration.trace import Layout, Trace, fresh, is_parameter, moved, passed, tensors_in
 from fastforward.nn.module import stubs_live
 from fastforward.nn.quantizer import Quantizer, Recorder, recording
 from fastforward.nn.rewritten import RewrittenModule
@@ -71,6 +71,7 @@ class FlowRecorder(TorchFunctionMode):
         self._sites: dict[tuple[Any, ...], Site] = {}
         self._operands: dict[int, tuple[tuple[Operand, Quantizer | None], ...]] = {}
         self._consumers: dict[int, set[int]] = {}
+        self._layouts: dict[tuple[int, int], set[Layout]] = {}
         self._values: dict[int, set[int]] = {}
         self._quantizers: dict[int, Quantizer] = {}
         self._unsited: dict[int, int] = {}
@@ -133,7 +134,7 @@ class FlowRecorder(TorchFunctionMode):
             site.macs += out.numel() * math.prod(shape[1:])
         self._consume(site, tensors_in(args))
         for tensor in tensors_in(output):
-            self._traces[tensor] = fresh(producer=site.number)
+            self._traces[tensor] = fresh(tensor, producer=site.number)
 
     def _module_path(self, module: torch.nn.Module | None = None) -> str:
         if module is not None:
@@ -173,7 +174,7 @@ class FlowRecorder(TorchFunctionMode):
     def _trace(self, tensor: Tensor) -> Trace:
         known: Trace | None = self._traces.get(tensor)
         if known is None:
-            known = self._traces[tensor] = fresh(parameter=is_parameter(tensor))
+            known = self._traces[tensor] = fresh(tensor, parameter=is_parameter(tensor))
             if known.parameter:
                 self._parameters.add(id(tensor))
         return known
@@ -239,18 +240,20 @@ class FlowRecorder(TorchFunctionMode):
         if before.passages and pads(name, args, kwargs):
             for out in outs:
                 padded = moved(before, name, args, kwargs, inputs[0], out)
-                self._traces[out] = dataclasses.replace(padded, root=padded.value, producer=site.number)
+                own = fresh(out, parameter=padded.parameter, producer=site.number)
+                self._traces[out] = dataclasses.replace(own, passages=padded.passages)
             return
         for out in outs:
-            trace = self._traces[out] = fresh(parameter=from_parameters, producer=site.number)
+            trace = self._traces[out] = fresh(out, parameter=from_parameters, producer=site.number)
             if operator is None or operator.kind != "move":  # the values that a movement joins have sites of their own
                 self._unsited[trace.root] = site.number
 
     def _consume(self, site: Site, inputs: Iterable[Tensor]) -> None:
         for tensor in inputs:
-            producer = self._trace(tensor).producer
-            if producer is not None and producer != site.number:
-                self._consumers.setdefault(producer, set()).add(site.number)
+            trace = self._trace(tensor)
+            if trace.producer is not None and trace.producer != site.number:
+                self._consumers.setdefault(trace.producer, set()).add(site.number)
+                self._layouts.setdefault((trace.producer, site.number), set()).add(trace.layout)
 
     def _operands_of(
         self, operator: Operator | None, arguments: Mapping[str, Any]
@@ -314,6 +317,7 @@ class FlowRecorder(TorchFunctionMode):
             {producer: frozenset(used) for producer, used in self._consumers.items()},
             [sites[number] for number in outside],
             frozenset(self._parameters),
+            {edge: frozenset(layouts) for edge, layouts in self._layouts.items()},
         )
 
     def _shared(self, names: Mapping[int, str]) -> list[frozenset[str]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,18 @@ class Passage:
     shape: tuple[int, ...]
 
 
+class Layout(NamedTuple):
+    """How the axes of a value lie in what was computed, before any movement.
+
+    Attributes:
+        axes: For each axis of the value, the axis of what was computed; ``UNKNOWN`` where that is lost.
+        dims: How many axes that has.
+    """
+
+    axes: tuple[int, ...]
+    dims: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trace:
     """Where a tensor comes from.
@@ -72,6 +84,7 @@ class Trace:
         passages: The stubs and quantizers it went through since, oldest first.
         parameter: Whether it depends on parameters alone.
         producer: Number of the site that computed it.
+        layout: How its axes lie in what was computed.
     """
 
     value: int
@@ -79,6 +92,7 @@ class Trace:
     passages: tuple[Passage, ...] = ()
     parameter: bool = False
     producer: int | None = None
+    layout: Layout = Layout((), 0)
 
     def governing(self, alive: Callable[[object], bool]) -> Passage | None:
         """The passage that an operator in the running code reads from: the last quantizer, or else the last stub.
@@ -100,10 +114,10 @@ class Trace:
         return own[-1]
 
 
-def fresh(*, parameter: bool = False, producer: int | None = None) -> Trace:
+def fresh(tensor: Tensor, *, parameter: bool = False, producer: int | None = None) -> Trace:
     """The trace of a value seen for the first time."""
     number = next(_numbers)
-    return Trace(number, number, (), parameter, producer)
+    return Trace(number, number, (), parameter, producer, Layout(tuple(range(tensor.dim())), tensor.dim()))
 
 
 def passed(trace: Trace, quantizer: Quantizer, context: object, out: Tensor, *, same: bool) -> Trace:
@@ -124,7 +138,8 @@ def moved(
         dataclasses.replace(passage, axes=_axes(passage.axes, name, args, kwargs, source, out))
         for passage in trace.passages
     )
-    return dataclasses.replace(trace, value=next(_numbers), passages=passages)
+    layout = Layout(_axes(trace.layout.axes, name, args, kwargs, source, out), trace.layout.dims)
+    return dataclasses.replace(trace, value=next(_numbers), passages=passages, layout=layout)
 
 
 def _axes(

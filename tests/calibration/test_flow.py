@@ -1,5 +1,6 @@
 """What a recorded run says: which stub governs which operand, edges, shared values, multiply-accumulates."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -145,6 +146,52 @@ def test_edges_lead_from_producers_to_consumers_and_to_the_output() -> None:
     add = next(site for site in flow.sites if site.operator == "add")
     assert flow.consumers[add.number] == {OUTPUT}
     assert ("query", "") in {(producer.module, consumer.module) for producer, consumer in flow.edges()}
+
+
+class ThenNorm(nn.Module):
+    """A layer whose output goes to a batch norm, maybe with its axes elsewhere."""
+
+    def __init__(self, layer: nn.Module, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.move, self.norm = layer, move, nn.BatchNorm1d(6)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.move(self.layer(x)))
+
+
+def _transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, 1)
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous()
+
+
+@pytest.mark.parametrize(
+    ("layer", "move", "folds"),
+    [
+        (nn.Linear(6, 6), _as_it_is, False),
+        (nn.Linear(6, 6), _transposed, True),
+        (nn.Linear(6, 6), _rows, True),
+        (nn.Conv1d(6, 6, 1), _as_it_is, True),
+        (nn.Conv1d(6, 6, 1), _transposed, False),
+    ],
+)
+def test_a_batch_norm_is_folded_only_into_the_axis_that_it_works_on(
+    layer: nn.Module, move: Callable[[torch.Tensor], torch.Tensor], folds: bool
+) -> None:
+    x = torch.randn(6, 6, 6)
+    model = ThenNorm(copy.deepcopy(layer), move).eval()
+    expected = model(x)
+    quantized = ff.quantize(model, [x], progress=False)
+    assert bool((quantized.norm.running_mean == 0).all()) == folds
+    assert ff.sqnr(expected, quantized(x)) > 25
 
 
 def test_sites_carry_the_users_file_and_line() -> None:
