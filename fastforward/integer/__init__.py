@@ -4,6 +4,7 @@ from fastforward._lazy import lazy_names
 
 _NAMES = {
     "convert": "conversion",
+    "convert_shards": "sharded",
     "explain": "explaining",
     "supported": "explaining",
     "export": "exporting",

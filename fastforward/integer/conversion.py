@@ -1,6 +1,6 @@
 """convert(): a calibrated model becomes an integer one, in place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,10 +50,29 @@ def convert(
         msg = f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
         raise ValueError(msg)
     require_calibrated(model)
-    for step in list(plan(model)):
+    steps = list(plan(model))
+    for step in steps:
         step.swap(step.layer, keep_float=keep_float)
-        if isinstance(step.layer, IntegerLinear | IntegerRecurrent):
-            step.layer.start(backend, measure=example_inputs is not None)
+    return finish(model, [step.layer for step in steps], backend, example_inputs)
+
+
+def finish(
+    model: torch.nn.Module, layers: Iterable[torch.nn.Module], backend: str = "auto", example_inputs: Any = None
+) -> torch.nn.Module:
+    """What follows once every layer of ``model`` that has an integer form has got it.
+
+    Args:
+        model: The model.
+        layers: Those that have got it now.
+        backend: As in :func:`convert`.
+        example_inputs: As in :func:`convert`.
+
+    Returns:
+        ``model``.
+    """
+    for layer in layers:
+        if isinstance(layer, IntegerLinear | IntegerRecurrent):
+            layer.start(backend, measure=example_inputs is not None)
     for _, quantizer in _quantizers(model):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
             speed_up(quantizer)

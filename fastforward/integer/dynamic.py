@@ -7,7 +7,7 @@ import torch
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn
 from fastforward.integer.layer import become, output_from_json, output_to_json, successor
-from fastforward.integer.weights import integer_weight, require_integer
+from fastforward.integer.weights import channel_sums, integer_weight, require_integer
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
@@ -126,7 +126,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
         """The packed weight, and the real sum of each of its rows."""
         if self._prepared is None:
             packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None) if onednn.has_onednn() else None
-            sums = self.weight_int8.sum(1, dtype=torch.float64) * self.weight_scale.double()
+            sums = channel_sums(self.weight_int8) * self.weight_scale.double()
             self._prepared = packed, sums.float()
         return self._prepared
 

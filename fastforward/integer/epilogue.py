@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fastforward.integer.weights import channel_sums
+
 F = torch.nn.functional
 
 
@@ -66,7 +68,7 @@ def make_epilogue(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, input_scale: float, zero_point: int
 ) -> Epilogue:
     """Prepare the epilogue of ``weight`` int8 ``[channels, ...]``; sums and products are taken in float64."""
-    sums = weight.flatten(1).sum(1, dtype=torch.float64)
+    sums = channel_sums(weight)
     offset = sums * scale.double() * (input_scale * zero_point)
     real = torch.zeros_like(offset) if bias is None else bias.detach().double()
     return Epilogue(

@@ -64,10 +64,15 @@ class Step:
     swap: Swap
 
 
-def plan(model: torch.nn.Module) -> Iterator[Step]:
-    """Yield the layers that have an integer form; leave the reason on those that have not."""
+def plan(model: torch.nn.Module, *, recursive: bool = True) -> Iterator[Step]:
+    """Yield the layers that have an integer form; leave the reason on those that have not.
+
+    Args:
+        model: A calibrated model.
+        recursive: Look at the modules below it too.
+    """
     grids = Grids()
-    for module in list(model.modules()):
+    for module in list(model.modules()) if recursive else [model]:
         form = next((form for cls, form in _FORMS.items() if isinstance(module, cls)), None)
         if form is None or module._float_only or getattr(module, "holds_integers", False):
             continue

@@ -9,6 +9,7 @@ import torch
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid
 from fastforward.integer.onednn import limited
+from fastforward.integer.weights import channel_sums
 
 _NAMES = {("none", ""): "none", ("relu", ""): "relu", ("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh"}
 _NAMES["swish", ""] = "silu"
@@ -34,7 +35,7 @@ def operands(weight: torch.Tensor, grid: Grid) -> Operands:
     return Operands(
         torch.tensor(grid.scale, device=weight.device),
         torch.tensor(grid.zero_point, dtype=torch.int32, device=weight.device),
-        weight.flatten(1).sum(1, dtype=torch.int32),
+        channel_sums(weight).to(torch.int32),
     )
 
 

@@ -42,7 +42,7 @@ class IntegerRecurrent:
             grids[name] = grid_of(operand)
             bias = name.replace("weight", "bias")
             if hasattr(layer, bias):
-                value = quantize_parameter(getattr(layer, _quantizer_name(bias)), getattr(layer, bias))
+                value: Any = quantize_parameter(getattr(layer, _quantizer_name(bias)), getattr(layer, bias))
                 layer._parameters[bias] = torch.nn.Parameter(value.detach(), requires_grad=False)
             if not keep_float:
                 del layer._parameters[name]
@@ -127,10 +127,9 @@ class IntegerRecurrent:
             msg = f"it has weights of shapes {stored}, the model needs {shapes}"
             raise StateError(msg)
         for name, _ in _shapes(new):
-            bias = tensors.get(name)
             new._parameters.pop(name, None)
             if name.startswith("bias"):
-                new._parameters[name] = torch.nn.Parameter(bias, requires_grad=False)
+                new._parameters[name] = torch.nn.Parameter(tensors[name], requires_grad=False)
         grids = {name: Grid.from_json(grid, None) for name, grid in data["grids"].items()}
         new.install({name: tensor for name, tensor in tensors.items() if not name.startswith("bias")}, grids)
         layer: torch.nn.Module = new

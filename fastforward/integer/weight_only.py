@@ -6,6 +6,7 @@ int4 weight goes to torch's grouped int4 kernel, which is fast in bfloat16 only:
 rounded to it, a hundredth of what four bits cost.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ import torch
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
 from fastforward.integer.layer import become, successor
-from fastforward.integer.weights import integer_weight, require_integer
+from fastforward.integer.weights import channel_sums, integer_weight, require_integer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.operands import quantize_parameter
 from fastforward.quantization import affine
 
+_PACKED_AT_ONCE = 512
+"""Channels; a multiple of the 64 that the packed format keeps together."""
 GROUPS = (256, 128, 64, 32)
 
 
@@ -90,7 +93,7 @@ class WeightOnlyLinear(torch.nn.Linear):
     def _onednn(self, codes: torch.Tensor) -> torch.Tensor:
         """Multiply by the packed weight; the bias takes off what the digits of real zero add."""
         if self._packed is None:
-            offset = self.weight_int8.sum(1, dtype=torch.float64) * self.weight_scale.double() * -digits.CENTER
+            offset = channel_sums(self.weight_int8) * self.weight_scale.double() * -digits.CENTER
             self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None), offset.float()
         packed, offset = self._packed
         zeros = onednn._zeros(self.out_features)
@@ -192,17 +195,23 @@ def _int4(quantizer: LinearQuantizer, weight: torch.Tensor) -> dict[str, torch.T
     """Integers packed for torch's kernel, and scale and zero per group."""
     n, k = weight.shape
     group = _group(quantizer, weight.shape)
-    zero_point = quantizer.rounded_zero_point()
-    parameters = quantizer.scale.detach().float(), zero_point
-    integers = affine.quantize(
-        weight.detach(), *parameters, quantizer.quant_min, quantizer.quant_max, torch.int8, quantizer.granularity
-    )
-    packed = torch._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32) + 8, 1)
+    parameters = quantizer.scale.detach().float(), quantizer.rounded_zero_point()
+    packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(part, 1) for part in _digits(quantizer, weight)])
     scale, zero = (_per_group(parameter.float(), n, k // group) for parameter in parameters)
     return {
         "weight_int4": packed,
         "weight_scale": torch.stack((scale, -zero * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous(),
     }
+
+
+def _digits(quantizer: LinearQuantizer, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The weight as integers from 0 to 15, int32 as the packing operator wants them, some channels at a time."""
+    parameters = quantizer.scale.detach().float(), quantizer.rounded_zero_point()
+    low, high, granularity = quantizer.quant_min, quantizer.quant_max, quantizer.granularity
+    for start in range(0, weight.shape[0], _PACKED_AT_ONCE):
+        part = weight.detach()[start : start + _PACKED_AT_ONCE]
+        scale, zero_point = (p if p.numel() == 1 else p[start : start + _PACKED_AT_ONCE] for p in parameters)
+        yield affine.quantize(part, scale, zero_point, low, high, torch.int8, granularity).to(torch.int32).add_(8)
 
 
 def _per_group(parameter: torch.Tensor, n: int, groups: int) -> torch.Tensor:

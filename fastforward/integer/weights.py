@@ -7,6 +7,8 @@ from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 from fastforward.quantization import affine
 
+_SUMMED_AT_ONCE = 1 << 20
+
 
 def require_integer(quantizer: Quantizer, shape: torch.Size, channel_dim: int = 0) -> None:
     """Raise unless a weight of ``shape`` has a symmetric int8 form with one scale per channel or tensor.
@@ -56,6 +58,16 @@ def integer_weight(
         quantizer.granularity,
     )
     return integers, scale
+
+
+def channel_sums(weight: torch.Tensor) -> torch.Tensor:
+    """The sum over each channel of int8 ``[channels, ...]``: float64 ``[channels]``, exact.
+
+    Some channels at a time, because torch converts whatever it sums to the type of the result first.
+    """
+    rows = weight.flatten(1)
+    block = max(1, _SUMMED_AT_ONCE // max(rows.shape[1], 1))
+    return torch.cat([part.sum(1, dtype=torch.float64) for part in rows.split(block)])
 
 
 def _channel_scales(quantizer: LinearQuantizer, shape: torch.Size, channel_dim: int) -> torch.Tensor:

@@ -102,6 +102,14 @@ def test_layers_share_the_digits_of_a_tensor_until_it_changes() -> None:
             assert torch.equal(second(x), second(x.clone()))
 
 
+@pytest.mark.parametrize("granularity", [ff.PerTensor(), ff.PerChannel(0), ff.PerGroup(32)], ids=str)
+def test_many_channels_are_packed_in_parts(granularity: object) -> None:
+    model = _simulated(4, granularity, features=(64, 1040))
+    weight = model[0].weight_quantizer(model[0].weight)
+    ff.convert(model)
+    assert torch.allclose(model[0].weight, weight, atol=1e-3)
+
+
 def test_groups_of_an_odd_size_stay_simulated_and_say_why() -> None:
     model = _simulated(4, ff.PerGroup(16))
     ff.convert(model)
