@@ -146,6 +146,30 @@ def test_compiling_refuses_a_callee_that_no_eager_run_has_met_where_quantizers_s
         torch.compile(model, fullgraph=True, backend="eager")(torch.ones(2), torch.tensor([True, False]))
 
 
+PRODUCTS = {"matmul": torch.matmul}
+
+
+class ByName(nn.Module):
+    """Only a run shows which operator is called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return PRODUCTS["matmul"](x, x)
+
+
+def test_compiling_refuses_a_loaded_model_whose_quantizers_no_run_has_put_in_place(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, 3)
+    model = ff.quantize(ByName(), [x], progress=False)
+    ff.save_quantization(model, tmp_path / "state")
+    loaded = ByName()
+    ff.load_quantization(loaded, tmp_path / "state")
+    with pytest.raises(Exception, match="run the model once before compiling"):
+        torch.compile(loaded, fullgraph=True, backend="eager")(x)
+    assert torch.equal(loaded(x), model(x))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(loaded, fullgraph=True, backend="eager")(x), model(x))
+
+
 def test_torch_export(model: nn.Module) -> None:
     expected = model(_x())
     program = torch.export.export(model, (_x(),))
