@@ -136,7 +136,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_For(self, node: Any) -> Any:
         self.generic_visit(node)
-        node.body[:0] = self.rebinding(node, node.body[0])
+        node.body[:0] = self.rebinding(node, _evaluated_first(node.body[0]))
         return node
 
     visit_AsyncFor = visit_With = visit_AsyncWith = visit_For
@@ -262,10 +262,21 @@ def _docstring_length(body: list[ast.stmt]) -> int:
     return int(has)
 
 
-def _first_executed(body: list[ast.stmt]) -> ast.stmt:
-    """The first statement that is more than a declaration."""
+def _first_executed(body: list[ast.stmt]) -> ast.AST:
+    """What is executed first in the first statement that is more than a declaration."""
     executed = (statement for statement in body if not isinstance(statement, (ast.Global, ast.Nonlocal)))
-    return next(executed, body[-1])
+    return _evaluated_first(next(executed, body[-1]))
+
+
+def _evaluated_first(statement: ast.stmt) -> ast.AST:
+    """The part of ``statement`` on whose line it begins to run: nothing runs on that of ``if (`` or ``with (``."""
+    if isinstance(statement, (ast.If, ast.While, ast.Assert)):
+        return statement.test
+    if isinstance(statement, (ast.For, ast.AsyncFor)):
+        return statement.iter
+    if isinstance(statement, (ast.With, ast.AsyncWith)):
+        return statement.items[0].context_expr
+    return statement.subject if isinstance(statement, ast.Match) else statement
 
 
 def _receive_scope(node: FunctionNode) -> None:

@@ -61,6 +61,11 @@ CASES: dict[str, str] = {
     "if, elif and else": "if note('a', x.sum() > 1e9):\n    y = x\nelif note('b', x.dim() == 2):\n    y = x * 2\nelse:\n    y = x * 3\nreturn y",
     "with": "with torch.no_grad() as g, contextlib.nullcontext(x + 1) as y:\n    z = y * 2\nreturn z + x",
     "with in parentheses": "with (\n    contextlib.nullcontext(note('a', x * 2)) as a,\n    contextlib.nullcontext((x, [a])) as (b, [c]),\n):\n    y = a + b + c\nreturn y",
+    "conditions on lines of their own": (
+        "if (\n    note('a', x.dim()\n    == 2)\n):\n    for i in (\n        range(2)\n    ):\n        while (\n            i < 1\n        ):\n"
+        "            i += 1\n            x = x * 2\nassert (\n    i\n)\nreturn x"
+    ),
+    "match on a line of its own": "match (\n    note('m', x.dim())\n):\n    case 2:\n        return x * 2",
     "with that swallows": "with contextlib.suppress(ValueError):\n    note('in', x + 1)\n    raise ValueError('gone')\nreturn x * 2",
     "with a user's manager": (
         "class Manager:\n    def __enter__(self):\n        note('enter')\n        return 3\n"
