@@ -5,6 +5,7 @@ nothing of quantization can go on treating the model as its own. For the same re
 holds no quantizers: a checkpoint written with the toggle loads without it, and the other way round.
 """
 
+import copy
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -100,6 +101,14 @@ class RangeTracking(Quantizer):
     def __getstate__(self) -> dict[str, Any]:
         # An observer that compares candidates holds functions, which cannot be pickled.
         return {**super().__getstate__(), "_observer": None}
+
+    def fixed(self) -> Quantizer:
+        """A quantizer with the range that this one has now, of a kind that any program can load."""
+        plain = copy.copy(self)
+        for name in ("_phase", "_observer"):
+            del plain.__dict__[name]
+        plain.__class__ = next(base for base, kind in _TRACKING.items() if kind is type(self))  # type: ignore[assignment]
+        return plain
 
     def _set_range(self, scale: Tensor, zero_point: Tensor) -> None:
         # New tensors, not new values: a graph that waits for its backward pass still holds the old ones.

@@ -129,7 +129,15 @@ def source_hash(module: torch.nn.Module) -> str | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
         return options
-    return _hash(ast.dump(tree)) + (f"+{options}" if options else "")
+    return _hash(canonical(tree)) + (f"+{options}" if options else "")
+
+
+def canonical(node: Any) -> str:
+    """A syntax tree as text that is the same in all versions of Python: ``ast.dump`` shows fields that are empty."""
+    if isinstance(node, ast.AST):
+        fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+        return f"{type(node).__name__}({','.join(f'{name}={canonical(value)}' for name, value in fields)})"
+    return f"[{','.join(map(canonical, node))}]" if isinstance(node, list) else repr(node)
 
 
 def _options_hash(engine: Any) -> str | None:
@@ -137,7 +145,7 @@ def _options_hash(engine: Any) -> str | None:
         return None
     standard = {(row.spec, row.fallback) for row in default_table()}
     rows = [(row.spec, row.fallback) for row in engine.table if (row.spec, row.fallback) not in standard]
-    patterns = [(ast.dump(rule.pattern), ast.dump(rule.replacement), rule.on) for rule in engine.patterns]
+    patterns = [(canonical(rule.pattern), canonical(rule.replacement), rule.on) for rule in engine.patterns]
     return _hash(repr((len(list(engine.table)), rows, patterns, sorted(engine.skip))))
 
 
@@ -193,9 +201,16 @@ def _quantizers(model: torch.nn.Module, store: TensorStore) -> list[SavedQuantiz
     found = dict[int, Quantizer]()
     for name, quantizer in [*all_quantizers(model).named_modules(), *_pending(model)]:
         if isinstance(quantizer, Quantizer) and not quantizer.is_stub():
-            found.setdefault(id(quantizer), quantizer)
+            found.setdefault(id(quantizer), _fixed(quantizer))
             sites.setdefault(id(quantizer), []).append(name)
     return [_quantizer(quantizer, tuple(sites[key]), store) for key, quantizer in found.items()]
+
+
+def _fixed(quantizer: Quantizer) -> Quantizer:
+    """The quantizer itself; one that follows its data, with the range it has now."""
+    fixed = getattr(quantizer, "fixed", None)
+    plain: Quantizer = quantizer if fixed is None else fixed()
+    return plain
 
 
 def _pending(model: torch.nn.Module) -> list[tuple[str, Quantizer]]:

@@ -206,6 +206,10 @@ class Restorer:
         elif not isinstance(current, torch.Tensor) or current.shape != tensor.shape or current.dtype != tensor.dtype:
             here = f"{tuple(current.shape)} {current.dtype}" if isinstance(current, torch.Tensor) else type(current)
             plan.problems.append(f"{name} is {here} here and {tuple(tensor.shape)} {tensor.dtype} in the state")
+        elif current.is_meta:
+            plan.problems.append(
+                f"{name} has no memory to load into (device meta): call model.to_empty(device=...) first"
+            )
         else:
             plan.changes.append(_copying(current, tensor))
 

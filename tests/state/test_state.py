@@ -1,6 +1,8 @@
 """Saving and loading: what comes back is bit-identical, what does not fit is refused and changes nothing."""
 
+import ast
 import copy
+import hashlib
 import importlib
 import os
 import subprocess
@@ -12,11 +14,13 @@ from torch import nn
 
 import fastforward as ff
 from fastforward.autoquant import OperatorTable, optable
+from fastforward.calibration.tracking import Phase, make_tracking
 from fastforward.exceptions import QuantizationWarning, StateError
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.quantizers import all_quantizers
 from fastforward.selection.scheme import REASON
+from fastforward.state.capture import canonical
 from fastforward.state.file import read_manifest
 
 
@@ -229,6 +233,45 @@ def test_a_fresh_process_computes_the_same_bits(saved, tmp_path):
     assert torch.equal(torch.load(out), net(TOKENS))
 
 
+@pytest.mark.parametrize("convert", [False, True], ids=["simulated", "integer"])
+def test_a_state_of_another_torch_and_python_is_loaded(tmp_path, monkeypatch, convert):
+    net = quantized(net=Net().eval())
+    if convert:
+        ff.convert(net)
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    path = ff.save_quantization(net, tmp_path)
+    monkeypatch.undo()
+    assert read_manifest(path)["written_by"]["torch"] == "2.6.0+cu124"
+    assert torch.equal(ff.load_quantization(Net().eval(), path)(TOKENS), net(TOKENS))
+
+
+def test_a_model_without_memory_is_refused_until_it_has_some(saved):
+    net, path = saved
+    with torch.device("meta"):
+        other = Net()
+    with pytest.raises(StateError, match="inner.weight has no memory to load into.*to_empty"):
+        ff.load_quantization(other, path)
+    assert all(parameter.is_meta for parameter in other.parameters())
+    other.to_empty(device="cpu")
+    assert torch.equal(ff.load_quantization(other, path)(TOKENS), net(TOKENS))
+
+
+@pytest.mark.gpu
+def test_a_state_from_the_cpu_is_loaded_on_a_gpu_and_back(saved, tmp_path):
+    net, path = saved
+    there = ff.load_quantization(Net().cuda(), path)
+    assert {tensor.device.type for tensor in there.state_dict().values()} == {"cuda"}
+    assert ff.sqnr(net(TOKENS), there(TOKENS.cuda()).cpu()) > 30
+    back = ff.load_quantization(Net(), ff.save_quantization(there, tmp_path / "gpu.safetensors"))
+    assert torch.equal(back(TOKENS), net(TOKENS))
+
+
+def test_the_hash_of_a_class_is_the_same_in_all_versions_of_python():
+    source = "class A(B):\n    def f(self, x, *, y: int = 1) -> 'A':\n        return [f'{x!r} {y:>3}', ...] or self\n"
+    digest = hashlib.sha256(canonical(ast.parse(source)).encode()).hexdigest()
+    assert digest[:16] == "6168ae538cda5826"
+
+
 def test_loading_over_other_quantizers_replaces_them(saved):
     net, path = saved
     other = quantized("w4a4")
@@ -285,6 +328,25 @@ def test_learned_scales_come_back_as_parameters(tmp_path):
     assert {name for name, _ in loaded.named_parameters() if "quantizer" in name} == names
     assert loaded.head.weight_quantizer.gradient_scale == net.head.weight_quantizer.gradient_scale is not None
     assert torch.equal(loaded(TOKENS), net(TOKENS))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w8a8_dynamic"])
+def test_quantizers_that_follow_their_data_are_saved_with_the_range_they_have(tmp_path, scheme):
+    net = ff.quantize_model(Net())
+    ff.schemes.get(scheme).apply(net)
+    active = [q for q in all_quantizers(net).modules() if not q.is_stub()]
+    followed = [make_tracking(quantizer, Phase()) for quantizer in active]
+    assert any(followed)
+    net.train()
+    for _ in range(2):
+        net(TOKENS)
+    net.eval()
+    expected = net(TOKENS)
+    loaded = ff.load_quantization(Net().eval(), ff.save_quantization(net, tmp_path))
+    assert torch.equal(loaded(TOKENS), expected)
+    kinds = {type(q).__name__ for q in all_quantizers(loaded).modules() if not q.is_stub()}
+    assert not any(kind.startswith("Tracking") for kind in kinds)
+    assert torch.equal(net(TOKENS), expected) and type(active[0]).__name__.startswith("Tracking"), "as it was"
 
 
 def test_a_shared_quantizer_stays_shared(tmp_path):
