@@ -7,8 +7,10 @@ floats. Each of these then runs the kernel once, with everything fused. To user 
 tensor: every operator without a rule works on its computed value, and so does code below Python's dispatch.
 """
 
+import functools
+import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -235,7 +237,7 @@ class Deferred(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         rule = RULES.get(func)
-        if rule is not None:
+        if rule is not None and (not kwargs or takes(rule, kwargs)):
             result = rule(func, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
@@ -256,6 +258,21 @@ class Deferred(torch.Tensor):
 
 RULES: dict[Any, Rule] = {}
 """What to do with a torch function: ``rule(func, *args, **kwargs)`` returns its result, or NotImplemented."""
+
+
+def takes(rule: Rule, keywords: Iterable[str]) -> bool:
+    """Whether ``rule`` knows these keywords; torch has more names for its arguments than a rule need care for."""
+    known = _keywords(rule)
+    return known is None or known.issuperset(keywords)
+
+
+@functools.cache
+def _keywords(rule: Rule) -> frozenset[str] | None:
+    """The keywords of ``rule``, ``None`` for any."""
+    parameters = inspect.signature(rule).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL)
 
 
 def call_with_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
