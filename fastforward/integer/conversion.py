@@ -109,7 +109,7 @@ def learn(model: torch.nn.Module, example_inputs: Any) -> None:
                 if type(result) is Deferred:
                     result.materialize()
     for module in model.modules():
-        if isinstance(module, IntegerLinear):
+        if isinstance(module, IntegerLinear | IntegerRecurrent):
             module.measures = False
 
 

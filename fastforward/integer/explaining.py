@@ -11,6 +11,7 @@ from fastforward.integer.layer import IntegerLayer
 from fastforward.nn.module import QuantizedModule
 
 _NEVER_RAN = "not run yet"
+_FLOAT_WINS = "float is faster here for the shapes measured"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,10 @@ def _links(model: torch.nn.Module) -> Iterator[Link]:
             yield _integer_link(path, module)
         elif getattr(module, "holds_integers", False):
             operator, source, result, kernel = module.chain_link()
-            yield Link(path, operator, source, result, kernel=kernel)
+            if kernel == "float":
+                yield Link(path, operator, reason=_FLOAT_WINS)
+            else:
+                yield Link(path, operator, source, result, kernel=kernel)
         elif isinstance(module, QuantizedModule):
             yield from _island(path, module)
 
@@ -111,7 +115,7 @@ def _integer_link(path: str, layer: IntegerLayer) -> Link:
     record = layer.record
     name = type(layer).__name__.removeprefix("Integer").lower()
     if record.kernel == "float":
-        return Link(path, name, reason="float is faster here for the shapes measured")
+        return Link(path, name, reason=_FLOAT_WINS)
     ran = record.kernel or _NEVER_RAN
     return Link(path, name, record.source or _NEVER_RAN, record.result or _NEVER_RAN, record.fused, ran)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
+from fastforward.integer.choose import fastest
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import become, successor
 from fastforward.integer.linear import IntegerLinear
@@ -30,6 +31,9 @@ class IntegerRecurrent:
 
     holds_integers = True
     grids: dict[str, Grid]
+    measures: bool
+    float_wins: bool
+    _float_layer: torch.nn.Module | None
     _products: dict[str, IntegerLinear]
 
     @classmethod
@@ -61,8 +65,37 @@ class IntegerRecurrent:
         self._init_flat_weights()  # torch keeps a list of the float weights
         self.start()
 
+    def forward(self: Any, input: Any, hx: Any = None) -> Any:
+        """As in torch; see the simulated layer."""
+        if self.measures and not torch.compiler.is_compiling():
+            self.measures = False
+            ways = {"integer": lambda: super(IntegerRecurrent, self).forward(input, hx)}  # type: ignore[misc]
+            self.float_wins = fastest({**ways, "float": lambda: self._dense()(input, hx)}) == "float"
+        if self.float_wins:
+            return self._dense()(input, hx)
+        return super().forward(input, hx)  # type: ignore[misc]
+
+    def _dense(self: Any) -> torch.nn.Module:
+        """The layer of torch with the weights that the integers stand for: it takes all steps in one operator."""
+        if self._float_layer is None:
+            names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+            options = {name: getattr(self, name) for name in names}
+            options |= {"nonlinearity": self.nonlinearity} if hasattr(self, "nonlinearity") else {}
+            options |= {"proj_size": self.proj_size} if self.proj_size else {}
+            made = self.float_class(**options, device="meta").train(self.training)
+            for name, _ in list(made.named_parameters()):
+                integers = self._buffers.get(f"{name}_int8")
+                value = getattr(self, name) if integers is None else integers * self._buffers[f"{name}_scale"][:, None]
+                dtype = self.bias_ih_l0.dtype if self.bias else torch.float32
+                setattr(made, name, torch.nn.Parameter(value.detach().to(dtype), requires_grad=False))
+            object.__setattr__(self, "_float_layer", made)
+        layer: torch.nn.Module = self._float_layer
+        return layer
+
     def start(self: Any, backend: str = "auto", *, measure: bool = False) -> None:
-        """Build the products and fix their kernel; ``measure`` has no effect, there are too few rows in a step."""
+        """Build the products and fix their kernel; ``measure`` lets the next call decide whether float is faster."""
+        self.measures, self.float_wins = measure and backend == "auto", False
+        object.__setattr__(self, "_float_layer", None)
         products = {}
         for name, grid in self.grids.items():
             integers, scale = getattr(self, f"{name}_int8"), getattr(self, f"{name}_scale")
@@ -94,21 +127,26 @@ class IntegerRecurrent:
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         """Move with the model; scales stay float32."""
         scales = {name: buffer for name, buffer in self._buffers.items() if name.endswith("_scale")}
+        float_wins = self.float_wins
         super()._apply(fn, recurse)  # type: ignore[misc]
         self._buffers.update({name: scale.to(self._buffers[name].device) for name, scale in scales.items()})
         self.start(next(iter(self._products.values())).backend)
+        self.float_wins = float_wins
         return self
 
     def chain_link(self: Any) -> tuple[str, str, str, str]:
         """Operator, type of the input, type of the result and kernel, for a report."""
         operator = type(self).__name__.removeprefix("Integer").lower()
+        if self.float_wins:
+            return operator, "float32", "float32", "float"
         kernels = {linear.record.kernel for linear in self._products.values() if linear.record.kernel}
         return operator, "float32", "float32", f"{' and '.join(sorted(kernels)) or 'not run yet'}, step by step"
 
     def quantization_state(self: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
         biases = {name: p.detach() for name, p in self._parameters.items() if name.startswith("bias")}
-        return {**self._buffers, **biases}, {"grids": {name: grid.to_json() for name, grid in self.grids.items()}}
+        grids = {name: grid.to_json() for name, grid in self.grids.items()}
+        return {**self._buffers, **biases}, {"grids": grids, "float_wins": self.float_wins}
 
     @classmethod
     def from_quantization_state(
@@ -132,16 +170,19 @@ class IntegerRecurrent:
                 new._parameters[name] = torch.nn.Parameter(tensors[name], requires_grad=False)
         grids = {name: Grid.from_json(grid, None) for name, grid in data["grids"].items()}
         new.install({name: tensor for name, tensor in tensors.items() if not name.startswith("bias")}, grids)
+        new.float_wins = bool(data["float_wins"])
         layer: torch.nn.Module = new
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {name: value for name, value in self.__dict__.items() if name != "_products"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_products", "_float_layer")}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
+        float_wins = self.float_wins
         self.start()
+        self.float_wins = float_wins
 
 
 class IntegerLSTM(IntegerRecurrent, QuantizedLSTM, include_in_module_map=False):

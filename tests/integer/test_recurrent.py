@@ -10,6 +10,7 @@ from test_layers import FloatProducts
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastforward as ff
+from fastforward.integer import recurrent
 from fastforward.nn.module import quantized_module_map
 
 nn = torch.nn
@@ -112,6 +113,21 @@ def test_what_has_no_integer_form_stays_simulated(attribute: str, quantizer: obj
     setattr(model[0], attribute, quantizer)
     ff.convert(model)
     assert reason in ff.integer.explain(model).islands[0].reason
+
+
+def test_float_is_kept_where_it_is_faster_and_in_the_state(monkeypatch, tmp_path) -> None:
+    model, example = nn.Sequential(_simulated("lstm projected")), torch.randn(5, 3, 8)
+    target, dense = copy.deepcopy(model), LAYERS["lstm projected"]()
+    dense.load_state_dict({name: getattr(model[0], name) for name in dense.state_dict()})
+    monkeypatch.setattr(recurrent, "fastest", lambda ways: [way() for way in ways.values()] and "float")
+    ff.convert(model, example_inputs=example)
+    assert ff.integer.explain(model).islands[0].reason.startswith("float is faster")
+    expected = _run(model[0], example)
+    assert all(torch.allclose(a, e, atol=0.03) for a, e in zip(expected, _run(dense, example), strict=True))
+    ff.load_quantization(target, ff.save_quantization(model, tmp_path))
+    for other in (target, copy.deepcopy(model), model.to("cpu")):
+        assert other[0].float_wins
+        assert all(torch.equal(a, e) for a, e in zip(_run(other[0], example), expected, strict=True))
 
 
 def test_a_quantized_network_is_integer_throughout() -> None:
