@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fastforward.autoquant.local_imports import LocalImport, imports_of
 from fastforward.autoquant.source import FunctionNode
 
 
@@ -24,7 +25,11 @@ class Use(NamedTuple):
 
 @dataclass
 class Frame:
-    """One function scope: its names, how they are bound, and which of them operators read."""
+    """One function scope: its names, how they are bound, and which of them operators read.
+
+    Attributes:
+        imports: Names that an import statement in the body binds; ``None`` for one that is bound otherwise too.
+    """
 
     node: FunctionNode
     locals: set[str] = field(default_factory=set)
@@ -32,6 +37,18 @@ class Frame:
     definitions: dict[str, list[Definition]] = field(default_factory=dict)
     operands: dict[str, Use] = field(default_factory=dict)
     reads: set[int] = field(default_factory=set)
+    imports: dict[str, LocalImport | None] = field(default_factory=dict)
+
+    def bind(self, name: str) -> None:
+        """Note a binding of ``name`` that is no import."""
+        self.locals.add(name)
+        self.imports[name] = None
+
+    def bind_import(self, node: ast.Import | ast.ImportFrom) -> None:
+        """Note the names that an import statement binds."""
+        for name, what in imports_of(node).items():
+            self.imports[name] = what if name not in self.locals else None
+            self.locals.add(name)
 
 
 def parameters(arguments: ast.arguments) -> Iterator[ast.arg]:
@@ -59,12 +76,12 @@ def scan(body: list[Any], frame: Frame) -> None:
 def _scan_node(node: ast.AST, frame: Frame) -> None:
     if isinstance(node, ast.Name):
         if not isinstance(node.ctx, ast.Load):
-            frame.locals.add(node.id)
+            frame.bind(node.id)
         return
     if isinstance(node, (ast.Global, ast.Nonlocal)):
         frame.inline_only.update(node.names)
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        frame.locals.add(node.name)
+        frame.bind(node.name)
         frame.inline_only.update(
             name for inner in ast.walk(node) if isinstance(inner, ast.Nonlocal) for name in inner.names
         )
@@ -80,13 +97,13 @@ def _scan_node(node: ast.AST, frame: Frame) -> None:
             if isinstance(target, ast.Subscript):
                 frame.inline_only.update(_changed(target))
     elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
-        frame.locals.add(node.name)
+        frame.bind(node.name)
         frame.inline_only.add(node.name)
     elif isinstance(node, ast.MatchMapping) and node.rest:
-        frame.locals.add(node.rest)
+        frame.bind(node.rest)
         frame.inline_only.add(node.rest)
     elif isinstance(node, (ast.Import, ast.ImportFrom)):
-        frame.locals.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        frame.bind_import(node)
     elif isinstance(node, ast.Call):
         frame.inline_only.update(_changed_by_call(node))
     elif isinstance(node, ast.Compare):

@@ -238,7 +238,7 @@ class Graph:
             yield id(call), callee
 
     def _callee(self, unit: TextUnit, call: ast.Call) -> Callee | None:
-        function, how = self._target(unit, call.func)
+        function, how = self._target(unit, call)
         number = unit.marks.calls[id(call)].number
         if not isinstance(function, types.FunctionType) or self.engine.kind(function) != "helper":
             return None
@@ -257,13 +257,14 @@ class Graph:
             return None
         return Callee(inner, how, number) if inner.quantizers() else None
 
-    def _target(self, unit: TextUnit, callee: ast.expr) -> tuple[Any, Any]:
+    def _target(self, unit: TextUnit, call: ast.Call) -> tuple[Any, Any]:
+        callee = call.func
         if isinstance(callee, ast.Attribute) and unit.owner is not None:
             if isinstance(callee.value, ast.Name) and callee.value.id == unit.self_name:
                 return inspect.getattr_static(unit.owner, _mangled(unit, callee.attr), None), "method"
             if _is_super(callee.value):
                 return _inherited(unit, callee.attr), "super"
-        found = unit.resolve(callee) if _is_global(unit, callee) else UNKNOWN
+        found = unit.marks.targets.get(id(call), UNKNOWN) if _is_global(unit, callee) else UNKNOWN
         return found, "function"
 
 

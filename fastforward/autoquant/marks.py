@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, NamedTuple
 from fastforward.autoquant import sites as roles
 from fastforward.autoquant.frames import Definition, Frame, Use, parameter_called, parameters, scan, works_in_place
 from fastforward.autoquant.liveness import Liveness
+from fastforward.autoquant.local_imports import MISSING, LocalImport, followed, imported
 from fastforward.autoquant.optable import Operator, OperatorTable
 from fastforward.autoquant.schema import Parameter
 from fastforward.autoquant.sites import Site, name_sites
@@ -65,6 +66,7 @@ class Marks:
         rebind: definition (arguments node of a function, a statement) -> names to rebind right after it.
         outputs: BinOp, UnaryOp or AugAssign -> site of its result (``None``: an operator without output quantizer).
         calls: Call -> what becomes of it.
+        targets: Call -> what it calls, where the source says so.
         call_count: How many call numbers were given out.
         keep: The nodes that carry a mark, so that their ids stay theirs.
     """
@@ -75,6 +77,7 @@ class Marks:
     outputs: dict[int, Site | None] = field(default_factory=dict)
     calls: dict[int, CallMark] = field(default_factory=dict)
     call_count: int = 0
+    targets: dict[int, Any] = field(default_factory=dict)
     keep: list[ast.AST] = field(default_factory=list)
 
 
@@ -294,6 +297,7 @@ class _Marker:
         callee = node.func
         target = self.resolve(callee)
         if target is not UNKNOWN:
+            self.marks.targets[id(node)] = target
             return self._classify_known(node, target)
         if isinstance(callee, ast.Attribute) and not self._on_self(callee):
             return self._classify_method(callee, node)
@@ -304,9 +308,19 @@ class _Marker:
         root = expression
         while isinstance(root, ast.Attribute):
             root = root.value
-        if isinstance(root, ast.Name) and any(root.id in frame.locals for frame in self.frames):
-            return UNKNOWN
-        return self.context.resolve(expression)
+        if not isinstance(root, ast.Name):
+            return self.context.resolve(expression)
+        frame = next((frame for frame in reversed(self.frames) if root.id in frame.locals), None)
+        if frame is None:
+            return self.context.resolve(expression)
+        what = frame.imports.get(root.id)
+        return UNKNOWN if what is None else self._imported(what, expression)
+
+    def _imported(self, what: LocalImport, expression: ast.expr) -> Any:
+        """What ``expression`` means, whose root the function itself imports."""
+        value = imported(what, self.context.resolve(ast.Name("__package__", ast.Load())))
+        value = followed(value, expression)
+        return UNKNOWN if value is MISSING else value
 
     def _classify_known(self, node: ast.Call, target: Any) -> tuple[str, Operator | None]:
         if target in (locals, vars, dir) if _hashable(target) else False:

@@ -259,7 +259,7 @@ class Engine:
             _apply_patterns(self.patterns, node, function, resolve)
         marks = mark(node, self.context(node, located, resolve))
         calls = _numbered_calls(node, marks)
-        statics, me = _static_calls(calls, resolve, self), _receiver(node)
+        statics, me = _static_calls(calls, marks, self), _receiver(node)
         unit = Unit(
             original=code,
             code=code,
@@ -440,10 +440,10 @@ def _numbered_calls(node: Any, marks: Marks) -> list[Any]:
     return [call for _, call in sorted(dict(numbered).items())]
 
 
-def _static_calls(calls: list[Any], resolve: Resolver, engine: Engine) -> dict[int, types.FunctionType]:
+def _static_calls(calls: list[Any], marks: Marks, engine: Engine) -> dict[int, types.FunctionType]:
     found = {}
     for number, call in enumerate(calls):
-        target = resolve(call.func)
+        target = marks.targets.get(id(call))
         if isinstance(target, types.FunctionType) and engine.is_known_helper(target):
             found[number] = target
     return found

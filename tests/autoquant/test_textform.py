@@ -11,8 +11,8 @@ from fastforward.nn import module as quantized_modules
 from tests.autoquant import text_cases
 from tests.autoquant.text_cases import CASES
 
-# A decorator's closure and a function imported inside a function: the text calls them as they are.
-KNOWN_AT_RUN_TIME = (text_cases.Decorated, text_cases.LocalImport)
+# A decorator's closure: the text calls it as it is.
+KNOWN_AT_RUN_TIME = (text_cases.Decorated,)
 IDS = [cls.__qualname__ for cls in CASES]
 
 
