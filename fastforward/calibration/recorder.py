@@ -128,7 +128,10 @@ class FlowRecorder(TorchFunctionMode):
         site.integer, site.multiplies = True, operator not in ("embedding", "embedding_bag")
         site.calls += 1
         out = next(iter(tensors_in(output)), None)
-        if out is not None and site.multiplies:
+        own = getattr(module, "multiplications", None)
+        if out is not None and own is not None:
+            site.macs += own(next(iter(tensors_in(args))), out)
+        elif out is not None and site.multiplies:
             shape = getattr(module, "weight_shape", None) or (0, getattr(module, "in_features", 0))
             shape = shape() if callable(shape) else shape
             site.macs += out.numel() * math.prod(shape[1:])

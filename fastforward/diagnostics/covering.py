@@ -17,7 +17,6 @@ from fastforward.calibration.flow import Flow, Operand, Site, eager, in_eval_mod
 from fastforward.calibration.recorder import FlowRecorder
 from fastforward.diagnostics.table import html_table, text_table
 from fastforward.exceptions import QuantizationError
-from fastforward.integer.embedding import IntegerEmbedding
 from fastforward.integer.layer import IntegerLayer
 from fastforward.integer.weight_only import WeightOnlyLinear
 from fastforward.nn.linear import QuantizedLinear
@@ -209,11 +208,12 @@ def _read(module: torch.nn.Module, flow: Flow) -> bool:
 
 def integer_operator(module: torch.nn.Module) -> str | None:
     """The operator that an integer layer computes; ``None`` for any other module."""
-    if isinstance(module, IntegerEmbedding):
-        return "embedding"
-    if isinstance(module, WeightOnlyLinear):
-        return "linear"
-    return type(module).__name__.removeprefix("Integer").lower() if isinstance(module, IntegerLayer) else None
+    if isinstance(module, IntegerLayer):
+        return type(module).__name__.removeprefix("Integer").lower().replace("transpose", "_transpose")
+    if not getattr(module, "holds_integers", False):
+        return None
+    operator, *_, kernel = module.chain_link()
+    return None if kernel == "float" else str(operator)
 
 
 def _state(site: Site, modules: dict[str, torch.nn.Module], outside: bool) -> tuple[str, str]:

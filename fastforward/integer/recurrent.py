@@ -134,6 +134,11 @@ class IntegerRecurrent:
         self.float_wins = float_wins
         return self
 
+    def multiplications(self: Any, input: torch.Tensor, output: torch.Tensor) -> int:
+        """Multiply-accumulates of one call: every weight once per element of the batch and per step."""
+        weights = sum(getattr(self, f"{name}_int8").numel() for name in self.grids)
+        return int(weights * (output.numel() // output.shape[-1]))
+
     def chain_link(self: Any) -> tuple[str, str, str, str]:
         """Operator, type of the input, type of the result and kernel, for a report."""
         operator = type(self).__name__.removeprefix("Integer").lower()

@@ -171,6 +171,10 @@ class IntegerConvTranspose(IntegerLayer):
             y = y.narrow(2 + d, start, size)
         return y
 
+    def multiplications(self, input: torch.Tensor, output: torch.Tensor) -> int:
+        """Multiply-accumulates of one call."""
+        return input.numel() * math.prod(self.weight_shape()[1:])
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_inner"}
 

@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,7 @@ def main() -> None:
         for case in CASES:
             if options.only in case.name:
                 model, layer, x = converted(case)
-                calls = {"float": lambda m=model, x=x: m(x), "integer": lambda m=layer, x=x: m(x)}
-                times = medians(calls, options.repeats)
+                times = medians({"float": partial(model, x), "integer": partial(layer, x)}, options.repeats)
                 (link,) = ff.integer.explain(layer).links
                 _print(case.name, times, link.kernel or link.reason)
 
