@@ -62,6 +62,19 @@ class Epilogue:
     bias: torch.Tensor | None
     compensated: torch.Tensor
     factor: torch.Tensor
+    _folded: "tuple[Any, Epilogue] | None" = None
+
+    def on(self, grid: Any) -> "Epilogue":
+        """This epilogue with the scale and zero point of ``grid`` in it, so that its results are codes on that grid.
+
+        A kernel that is told no other grid than the unit one rounds exactly what this gives, whether it computes one
+        layer or several at once.
+        """
+        if self._folded is None or self._folded[0] is not grid:
+            scale = self.scale / grid.scale
+            compensated = self.compensated / grid.scale + grid.zero_point
+            self._folded = grid, Epilogue(scale, None, compensated, self.factor / grid.scale)
+        return self._folded[1]
 
 
 def make_epilogue(

@@ -14,7 +14,7 @@ from fastforward.integer.epilogue import NO_ACTIVATION, Epilogue
 from fastforward.integer.grid import LEVELS, Grid
 from fastforward.integer.linear import IntegerLinear
 
-_UNIT = Grid(1.0, 0)
+UNIT = Grid(1.0, 0)
 
 
 class Merged:
@@ -25,11 +25,11 @@ class Merged:
         self.epilogues = tuple(layer.epilogue for layer in layers)
         weight = torch.cat([layer.weight_int8 for layer in layers])
         self.packed = torch.ops.onednn.qlinear_prepack.default(weight, None)
-        scale = torch.cat([e.scale / grid.scale for e, grid in zip(self.epilogues, grids, strict=True)])
-        bias = torch.cat(
-            [e.compensated / grid.scale + grid.zero_point for e, grid in zip(self.epilogues, grids, strict=True)]
+        folded = [epilogue.on(grid) for epilogue, grid in zip(self.epilogues, grids, strict=True)]
+        scale, compensated, factor = (
+            torch.cat([getattr(e, name) for e in folded]) for name in ("scale", "compensated", "factor")
         )
-        self.epilogue = Epilogue(scale, None, bias, scale * layers[0].grid.scale)
+        self.epilogue = Epilogue(scale, None, compensated, factor)
         self.sizes = [layer.out_features for layer in layers]
 
     def fits(self, layers: Sequence[IntegerLinear], grids: Sequence[Grid]) -> bool:
@@ -43,7 +43,7 @@ class Merged:
     def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The codes of every layer's result, views of one tensor ``[..., sum of features]``."""
         scale = self.layers[0].grid.scale
-        together = onednn.linear_onednn(x, scale, self.packed, self.epilogue, NO_ACTIVATION, _UNIT)
+        together = onednn.linear_onednn(x, scale, self.packed, self.epilogue, NO_ACTIVATION, UNIT)
         results: tuple[torch.Tensor, ...] = together.split(self.sizes, -1)
         return results
 

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from fastforward.integer.epilogue import Activation, Epilogue, arguments
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments
 from fastforward.integer.grid import Grid
 
 # Below this many rows the fixed cost of a oneDNN call (about 30 us) exceeds what its fused epilogue saves.
@@ -54,6 +54,8 @@ def linear_onednn(
     The input's zero point is in the bias already: oneDNN would sum the weight again on every call.
     """
     scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
+    if out is not None and activation is NO_ACTIVATION:
+        epilogue, scale, zero_point = epilogue.on(out), 1.0, 0
     result: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
         codes,
         input_scale,

@@ -74,6 +74,8 @@ def recall(owner: "QuantizedModule") -> None:
     scopes = dict(_labelled(owner.__dict__.get(SCOPES, {}).values()))
     mine = f"{owner.__dict__.get(IDENTITY)}:"
     for module in owner.modules():
+        if not getattr(type(module), "call_paths", False):  # an integer layer has one form for all its calls
+            continue
         for label in module.__dict__.get(CALLS, ()):
             place, _, number = label.removeprefix(mine).rpartition(":")
             if label.startswith(mine) and place in scopes:

@@ -1,6 +1,8 @@
 """convert(): what it accepts, refuses, measures, explains and saves."""
 
 import copy
+import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -128,3 +130,33 @@ def test_a_state_of_another_shape_is_refused(tmp_path) -> None:
     with pytest.raises(ff.exceptions.StateError, match="shape"):
         ff.load_quantization(other, path)
     assert type(other[0]) is ff.nn.QuantizedLinear
+
+
+class Block(nn.Module):
+    """Layers called by a rewritten ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(20, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+def test_a_converted_model_of_rewritten_modules_can_be_copied(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 20, (2, 12))
+    model = ff.convert(ff.quantize(Block(), [tokens], progress=False))
+    expected = outputs(model, tokens, runs=3)
+    assert torch.equal(outputs(duplicate(model), tokens), expected)
+    assert torch.allclose(outputs(duplicate(model).bfloat16(), tokens).float(), expected, atol=0.1)
