@@ -78,6 +78,14 @@ class IntegerTable(torch.nn.Module):
         scale = torch.nn.functional.embedding(input, self.weight_scale[:, None])
         return (rows * scale).to(self.output_dtype)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "IntegerTable":
+        """Move with the model; the result takes the model's dtype, scales stay float32."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=scale.device)).dtype
+        return self
+
     @property
     def weight(self) -> torch.Tensor:
         """The float table that the integers stand for, computed now; the original one if it was kept."""

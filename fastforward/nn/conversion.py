@@ -95,7 +95,19 @@ def dequantize_model(model: torch.nn.Module) -> torch.nn.Module:
 
     Returns:
         ``model`` itself.
+
+    Raises:
+        QuantizationError: Parts of the model hold integers (:func:`fastforward.convert`): their float weights are
+            gone. The model is unchanged.
     """
+    integer = [path for path, module in model.named_modules() if getattr(module, "holds_integers", False)]
+    if integer:
+        shown = ", ".join([path or type(model).__name__ for path in integer[:3]] + ["..."] * (len(integer) > 3))
+        msg = (
+            f"cannot go back to float: {len(integer)} layers hold integers ({shown}) "
+            "and their float weights are gone. Keep a copy.deepcopy of the model from before ff.convert"
+        )
+        raise QuantizationError(msg)
     for module in list(model.modules()):
         if isinstance(module, QuantizedModule) and module.float_class is not None:
             _restore(module)
