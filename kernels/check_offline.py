@@ -3,8 +3,9 @@
     python kernels/check_offline.py [--target sm_90] [--only fake-quantize] [--verbose]
 
 Asserts the matrix instruction, no spills and no stack, shared memory under the device's limit, no contracted
-multiply-adds where integers are produced, and the instruction budget of the row kernel. Exits with 1 and a list of
-faults otherwise. Runs no kernel: speed and the hardware's own arithmetic stay unproven.
+multiply-adds where integers are produced, the instruction budget of the row kernel, and 64-bit offsets (tensors of more
+than 2**31 elements). Exits with 1 and a list of faults otherwise. Runs no kernel: speed and the hardware's own
+arithmetic stay unproven.
 """
 
 import argparse

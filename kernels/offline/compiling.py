@@ -51,9 +51,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compilation yields: its assembly (PTX or AMDGCN), machine code, shared memory, spilled bytes and stack."""
+    """What a compilation yields: Triton's intermediate code, assembly (PTX or AMDGCN), machine code, what it uses."""
 
     target: str
+    intermediate: str
     assembly: str
     binary: bytes
     shared: int
@@ -85,7 +86,8 @@ def _read_nvidia(compiled: Any, target: str) -> Compiled:
     # every function in the file counts: a call that was not inlined has its own stack
     stack = sum(int(number) for number in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     registers = max(int(number) for number in re.findall(r"REG:(\d+)", usage))
-    return Compiled(target, compiled.asm["ptx"], binary, compiled.metadata.shared, stack, registers)
+    texts = (compiled.asm["ttir"], compiled.asm["ptx"])
+    return Compiled(target, *texts, binary, compiled.metadata.shared, stack, registers)
 
 
 def _read_amd(compiled: Any, target: str) -> Compiled:
@@ -93,7 +95,8 @@ def _read_amd(compiled: Any, target: str) -> Compiled:
     numbers = re.findall(r"\.(?:vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly)
     registers = [int(number) for number in re.findall(r"\.vgpr_count:\s*(\d+)", assembly)]
     stack = sum(int(number) for number in numbers)
-    return Compiled(target, assembly, b"", compiled.metadata.shared, stack, max(registers, default=0))
+    texts = (compiled.asm["ttir"], assembly)
+    return Compiled(target, *texts, b"", compiled.metadata.shared, stack, max(registers, default=0))
 
 
 def instructions(compiled: Compiled) -> int:

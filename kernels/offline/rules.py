@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from offline.compiling import Case, Compiled, compile_case, instructions
+from offline.offsets import narrow_products
 
 # Shared memory a block can have, in bytes (the vendors' documents).
 SHARED_LIMIT = {
@@ -76,12 +77,20 @@ def short_enough(case: Case, compiled: Compiled) -> str | None:
     return f"{per_element:.1f} instructions per element, budget {most:g}" if per_element > most else None
 
 
+def wide_offsets(case: Case, compiled: Compiled) -> str | None:
+    """A tensor may have more than 2**31 elements: what multiplies sizes into an address needs 64 bits."""
+    del case
+    narrow = narrow_products(compiled.intermediate)
+    return f"addresses from 32-bit products: {', '.join(narrow)}" if narrow else None
+
+
 RULES: tuple[Callable[[Case, Compiled], str | None], ...] = (
     no_stack,
     fits_shared_memory,
     has_matrix_instruction,
     not_contracted,
     short_enough,
+    wide_offsets,
 )
 
 

@@ -31,6 +31,21 @@ def upcast_kernel(x_ptr, weight_ptr, out_ptr, BLOCK_M: tl.constexpr, TO: tl.cons
     tl.store(out_ptr + row * 128 + column, tl.dot(x.to(TO), weight.to(TO)).to(tl.float32))
 
 
+@triton.jit
+def narrow_rows_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    """Finds its row by a 32-bit product of two numbers known at run time."""
+    row = tl.program_id(0) * stride
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + row.to(tl.int64) + offsets, tl.load(x_ptr + row.to(tl.int64) + offsets))
+
+
+@triton.jit
+def narrow_count_kernel(x_ptr, out_ptr, total, BLOCK: tl.constexpr):
+    """Counts the elements of a whole tensor in 32 bits."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets, mask=offsets < total), mask=offsets < total)
+
+
 def sound(target, name):
     """Return the healthy case that a fault is planted in."""
     return next(case for case in cases(target) if case.name == name)
@@ -67,6 +82,9 @@ def planted():
     yield "foreign float8", "gfx942", foreign
     yield "float8 that does not exist", "sm_80", foreign
     yield "too many instructions", "sm_90", changed(sound("sm_90", ROWS), KIND=2, ROWS=8, COLUMNS=128)
+    bytes_ = {"x_ptr": "*i8", "out_ptr": "*i8"}
+    yield "narrow row offsets", "sm_90", Case("rows", narrow_rows_kernel, bytes_, {"BLOCK": 128}, {"num_warps": 4})
+    yield "narrow element count", "sm_90", Case("count", narrow_count_kernel, bytes_, {"BLOCK": 128}, {"num_warps": 4})
     yield "sound", "sm_90", sound("sm_90", ROWS)
 
 

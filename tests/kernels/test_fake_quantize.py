@@ -5,6 +5,8 @@ import pytest
 import torch
 from fastforward_kernels import cpu_fake_quantize, cpu_gradients, reference
 
+from tests.kernels.exact import assert_lsq_sums
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(), (1,), (5,), (64, 48), (3, 7, 5), (2, 3, 40, 30), (0, 4), (700, 300)]
 GRIDS = [(-128, 127), (0, 255), (-8, 7), (-1, 0), (0, 1), (-32768, 32767)]
@@ -134,19 +136,7 @@ def test_learnt_scale_and_zero_point_gradients_against_float64(tile, dtype):
     blocks = reference.tiling.layout((256, 640), tuple(tile)).blocks
     scale, zero_point = parameters(blocks, (-8, 7))
     to_x, to_scale, to_zero_point = cpu_gradients.fake_quantize_lsq_backward(grad, x, scale, zero_point, -8, 7, tile)
-    view, s, z = reference.blocked(x, tile, scale, zero_point)
-    inside_axes = reference.tiling.layout((256, 640), tuple(tile)).inside
-    v = (view.float() * (1 / s)).double()
-    q = torch.round(v) + z
-    inside = (q >= -8) & (q <= 7)
-    offset = q.clamp(-8, 7) - z
-    g = grad.reshape(view.shape).double()
-    for result, terms in (
-        (to_scale, g * torch.where(inside, offset - v, offset.double())),
-        (to_zero_point, torch.where(inside, 0.0, -g * s)),
-    ):
-        error = (result.double() - terms.sum(inside_axes).reshape(-1)).abs()
-        assert (error <= 1e-6 * terms.abs().sum(inside_axes).reshape(-1) + 1e-12).all()
+    assert_lsq_sums((to_scale, to_zero_point), grad, x, scale, zero_point, -8, 7, tile)
     assert torch.equal(to_x, reference.fake_quantize_backward(grad, x, scale, zero_point, -8, 7, tile))
 
 

@@ -22,6 +22,8 @@ FAULTS = {
     "foreign float8": "no float8 matrix instruction",
     "float8 that does not exist": "does not compile",
     "too many instructions": "instructions per element, budget 38",
+    "narrow row offsets": "addresses from 32-bit products: %row",
+    "narrow element count": "addresses from 32-bit products: %offsets",
 }
 
 

@@ -61,8 +61,8 @@ def float8_kernel(
             acc = tl.dot(x, weight, acc)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
-    y = acc * tl.load(x_scale_ptr + safe_rows * row_stride)[:, None]
-    y = y * tl.load(weight_scale_ptr + safe_columns * column_stride)[None, :]
+    y = acc * tl.load(x_scale_ptr + safe_rows.to(tl.int64) * row_stride)[:, None]
+    y = y * tl.load(weight_scale_ptr + safe_columns.to(tl.int64) * column_stride)[None, :]
     if BIAS:
         y = y + tl.load(bias_ptr + safe_columns)[None, :].to(tl.float32)
     exists = (rows < m)[:, None] & (columns < n)[None, :]

@@ -32,7 +32,7 @@ def positions(block, total, height_out, width_out, stride_h, stride_w, pad_h, pa
     safe = rows % total
     x_out = safe % width_out
     y_out = safe // width_out % height_out
-    return rows, safe // (width_out * height_out), y_out * stride_h - pad_h, x_out * stride_w - pad_w
+    return rows, safe // width_out // height_out, y_out * stride_h - pad_h, x_out * stride_w - pad_w
 
 
 @triton.jit
@@ -77,13 +77,13 @@ def conv_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """``x [batch, h, w, channels]``, ``weight [outputs, kernel_h, kernel_w, channels / groups]``."""
-    group = tl.program_id(2)
+    group = tl.program_id(2).to(tl.int64)
     rows, image, top, left = positions(
         tl.program_id(0), total, height_out, width_out, stride_h, stride_w, pad_h, pad_w, BLOCK_M
     )
     local = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_local = local % group_outputs
-    columns = group * group_outputs + safe_local
+    columns = (group * group_outputs).to(tl.int32) + safe_local
     zero = tl.load(x_zero_point_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     row_sums = tl.zeros((BLOCK_M,), dtype=tl.int32)

@@ -36,8 +36,8 @@ def tile_of(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.cons
 @triton.jit
 def quantized(x, x_scale_ptr, x_zero_point_ptr, rows, row_stride, exists, qmin, qmax):
     """Quantize a block of floating activations; elements outside become 0."""
-    inv = inverse(tl.load(x_scale_ptr + rows * row_stride))[:, None]
-    zero_point = tl.load(x_zero_point_ptr + rows * row_stride).to(tl.float32)[:, None]
+    inv = inverse(tl.load(x_scale_ptr + rows.to(tl.int64) * row_stride))[:, None]
+    zero_point = tl.load(x_zero_point_ptr + rows.to(tl.int64) * row_stride).to(tl.float32)[:, None]
     q = rint(clamp(x.to(tl.float32) * inv, qmin - zero_point, qmax - zero_point)) + zero_point
     return tl.where(exists, q, 0.0).to(tl.int32)
 
@@ -64,8 +64,8 @@ def epilogue_of(
     REQUANTIZE: tl.constexpr,
 ):
     """Rescale, add, activate, convert and store, in the order of ``epilogue.apply``."""
-    y = acc.to(tl.float32) * tl.load(x_scale_ptr + rows * row_stride)[:, None]
-    y = y * tl.load(weight_scale_ptr + columns * column_stride)[None, :]
+    y = acc.to(tl.float32) * tl.load(x_scale_ptr + rows.to(tl.int64) * row_stride)[:, None]
+    y = y * tl.load(weight_scale_ptr + columns.to(tl.int64) * column_stride)[None, :]
     if BIAS:
         y = y + tl.load(bias_ptr + columns)[None, :]
     if RESIDUAL:
@@ -146,13 +146,13 @@ def matmul_kernel(
         x_ptrs += BLOCK_K * SPLIT_K
         weight_ptrs += BLOCK_K * SPLIT_K * weight_column
     if X_ZERO_POINT:
-        zero = tl.load(x_zero_point_ptr + safe_rows * row_stride) - UNSIGNED_SHIFT
+        zero = tl.load(x_zero_point_ptr + safe_rows.to(tl.int64) * row_stride) - UNSIGNED_SHIFT
         if SPLIT_K == 1:  # noqa: SIM114 - known when compiling
             acc -= zero[:, None] * tl.load(sums_ptr + batch * sums_batch + safe_columns)[None, :]
         elif part == 0:
             acc -= zero[:, None] * tl.load(sums_ptr + batch * sums_batch + safe_columns)[None, :]
     if WEIGHT_ZERO_POINT:
-        acc -= row_sums[:, None] * tl.load(weight_zero_point_ptr + safe_columns * column_stride)[None, :]
+        acc -= row_sums[:, None] * tl.load(weight_zero_point_ptr + safe_columns.to(tl.int64) * column_stride)[None, :]
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     offsets = (batch * m + rows.to(tl.int64))[:, None] * n + columns[None, :]
     if SPLIT_K > 1:

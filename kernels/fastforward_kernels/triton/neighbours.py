@@ -183,7 +183,7 @@ def pool_kernel(
     exists = offsets < total
     left = offsets % width_out * stride_w - pad_w
     top = offsets // width_out % height_out * stride_h - pad_h
-    plane = offsets // (width_out * height_out)
+    plane = offsets // width_out // height_out
     zero = tl.load(zero_point_ptr)
     result = tl.full((BLOCK,), 0 if MEAN else -1000, dtype=tl.int32)
     for window in range(KERNEL_H * KERNEL_W):
