@@ -212,7 +212,8 @@ def integer_operator(module: torch.nn.Module) -> str | None:
         return type(module).__name__.removeprefix("Integer").lower().replace("transpose", "_transpose")
     if not getattr(module, "holds_integers", False):
         return None
-    operator, *_, kernel = module.chain_link()
+    layer: Any = module
+    operator, *_, kernel = layer.chain_link()
     return None if kernel == "float" else str(operator)
 
 

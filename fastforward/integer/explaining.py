@@ -1,16 +1,25 @@
 """What runs where: the integer chain of a model, and what this machine supports."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 import torch
 
 from fastforward.integer import onednn
-from fastforward.integer.forms import REASON
+from fastforward.integer.forms import FORMS, REASON
 from fastforward.integer.layer import IntegerLayer
 from fastforward.nn.module import QuantizedModule
+from fastforward.nn.norm import QuantizedGroupNorm, QuantizedLayerNorm, QuantizedRMSNorm
+from fastforward.nn.quantizer import Quantizer
+from fastforward.selection.scheme import REASON as SCHEME_REASON
 
 _NEVER_RAN = "not run yet"
+_OPERAND = re.compile(r" of (\w+)\((\w+)\)")
+_PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum", "multi_head_attention_forward")
+_NORMS = (QuantizedLayerNorm, QuantizedRMSNorm, QuantizedGroupNorm)
+# kernels/benchmarks/layers.py --neighbours measures it.
+_ELEMENTWISE = "normalizes floats: from integers to integers it takes several times as long on CPUs"
 _FLOAT_WINS = "float is faster here for the shapes measured"
 
 
@@ -84,13 +93,20 @@ def supported() -> dict[str, str]:
     convolution = cpu if onednn.has_onednn() else "not on this CPU: its products of 8-bit integers saturate"
     table = {
         "linear": f"CPU: {cpu}; fuses relu, gelu, silu, tanh, hardtanh, hardswish, leaky_relu",
+        "linear, dynamic activations": f"CPU: {cpu}, scales of the input per token or tensor",
+        "linear, weights only": "CPU: int8 per channel; int4 in groups by torch's kernel in bfloat16",
         "conv1d": f"CPU: {convolution}",
         "conv2d": f"CPU: {convolution}; fuses batch_norm and the activations of linear",
         "conv3d": f"CPU: {convolution}",
+        "conv_transpose1d, 2d, 3d": f"CPU: {convolution}",
+        "lstm, gru, rnn": "CPU: products of gates as those of linear, step by step; float where torch's operator wins",
         "embedding": "CPU: int8 rows",
+        "embedding_bag": "CPU: int8 rows, reduced in float",
         "max_pool2d": "CPU: on codes",
         "flatten, reshape, view": "on codes",
-        "add": "CPU: into the float result of linear and convolution",
+        "add": "CPU: into the result of linear and convolution",
+        "layer_norm, rms_norm, softmax, mul": "float on CPUs, where integers are slower",
+        "matmul of two activations": "float on CPUs: torch has no batched integer product there",
     }
     if torch.cuda.is_available():
         table["linear (CUDA)"] = "Triton int8"
@@ -121,16 +137,51 @@ def _integer_link(path: str, layer: IntegerLayer) -> Link:
 
 
 def _island(path: str, module: QuantizedModule) -> Iterator[Link]:
-    active = [name for name, quantizer in module.own_quantizers().items() if not quantizer.is_stub()]
-    if not active:
-        return
-    reason = getattr(module, REASON, None)
-    if reason is None:
-        shown = ", ".join(name.rpartition("_")[2] for name in active[:4])
-        reason = (
-            f"simulated: {len(active)} quantizers ({shown}{', ...' if len(active) > 4 else ''}) around float operators"
-        )
-    yield Link(path, type(module).__name__.removeprefix("Quantized").lower(), reason=reason)
+    """What stays float of a module without integer form: a link per operator, none if it multiplies nothing."""
+    quantizers = {name: q for name, q in module.own_quantizers().items() if isinstance(q, Quantizer)}
+    active = [quantizer for quantizer in quantizers.values() if not quantizer.is_stub()]
+    kind = _operator(module)
+    if active and hasattr(module, REASON):
+        yield Link(path, kind, reason=str(getattr(module, REASON)))
+    elif active:
+        operands: dict[str, dict[str, None]] = {}
+        for quantizer in active:
+            operator, argument = _multiplied(quantizer, kind)
+            operands.setdefault(operator, {})[argument] = None
+        for operator, names in operands.items():
+            yield Link(path, operator, reason=f"{', '.join(names)} rounded, computed in float: {_why(operator)}")
+    elif isinstance(module, _NORMS):
+        yield Link(path, kind, reason=_ELEMENTWISE)
+    elif isinstance(module, tuple(FORMS)):
+        yield Link(path, kind, reason=_why_no_quantizer(quantizers))
+
+
+def _operator(module: QuantizedModule) -> str:
+    return type(module).__name__.removeprefix("Quantized").lower()
+
+
+def _multiplied(quantizer: Quantizer, kind: str) -> tuple[str, str]:
+    """The operator that multiplies what a quantizer rounds, as its scheme found out, and which operand it is."""
+    found = _OPERAND.search(str(getattr(quantizer, SCHEME_REASON, "")))
+    if found is not None:
+        return found.group(1), found.group(2)
+    metadata = quantizer.quant_metadata
+    return metadata.operator or kind, metadata.argument or "result"
+
+
+def _why(operator: str) -> str:
+    if operator in _PRODUCTS:
+        return "torch has no batched integer product on CPUs, and one product per matrix is slower"
+    if operator in supported():
+        return f"{operator} is called by the module's own code; only layers of torch.nn become integer"
+    return f"{operator} has no integer kernel"
+
+
+def _why_no_quantizer(quantizers: dict[str, Quantizer]) -> str:
+    """The scheme's words about the first operand that it left alone."""
+    reasons = [str(reason) for q in quantizers.values() if (reason := getattr(q, SCHEME_REASON, None)) is not None]
+    told = [reason for reason in reasons if not reason.startswith(("output of", "bias of"))]
+    return told[0] if told else "nothing of it is quantized"
 
 
 def _row(link: Link) -> tuple[str, str, str, str]:

@@ -73,7 +73,7 @@ def plan(model: torch.nn.Module, *, recursive: bool = True) -> Iterator[Step]:
     """
     grids = Grids()
     for module in list(model.modules()) if recursive else [model]:
-        form = next((form for cls, form in _FORMS.items() if isinstance(module, cls)), None)
+        form = next((form for cls, form in FORMS.items() if isinstance(module, cls)), None)
         if form is None or module._float_only or getattr(module, "holds_integers", False):
             continue
         try:
@@ -144,7 +144,7 @@ def _require_one_grid(layer: QuantizedModule) -> None:
             raise UnsupportedOperatorError(msg)
 
 
-_FORMS: dict[type[QuantizedModule], Callable[[Any, Grids], Swap]] = {
+FORMS: dict[type[QuantizedModule], Callable[[Any, Grids], Swap]] = {
     QuantizedLinear: _linear,
     QuantizedConv1d: _conv,
     QuantizedConv2d: _conv,

@@ -99,8 +99,49 @@ def test_explain_prints_the_chain() -> None:
     assert "2 integer, 0 float or simulated" in text
 
 
+class Attention(nn.Module):
+    """Two products of activations, a norm, and a product that is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.gate = Gate()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return self.gate(self.out(torch.softmax(q @ k.transpose(-1, -2), -1) @ v))
+
+
+class Gate(nn.Module):
+    """A product that is no layer of torch.nn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_explain_gives_a_reason_for_all_that_stays_float() -> None:
+    torch.manual_seed(0)
+    example = torch.randn(4, 5, 16)
+    model = nn.ModuleList([Attention(), nn.Linear(16, 4)]).eval()
+    ff.quantize(model[0], [example], progress=False)
+    model[1] = ff.nn.QuantizedLinear(16, 4)
+    ff.convert(model)
+    model[0](example)
+    reasons = {(link.path, link.operator): link.reason for link in ff.integer.explain(model).islands}
+    assert reasons.pop(("0.norm", "layernorm")).startswith("normalizes floats")
+    assert reasons.pop(("1", "linear")) == "nothing of it is quantized"
+    assert reasons.pop(("0", "matmul")).startswith("input, other rounded, computed in float: torch has no batched")
+    assert "only layers of torch.nn" in reasons.pop(("0.gate", "linear"))
+    assert not reasons
+    assert {link.path for link in ff.integer.explain(model).integer} == {"0.qkv", "0.out"}
+
+
 def test_supported_names_operators() -> None:
-    assert {"linear", "conv2d", "embedding"} <= ff.integer.supported().keys()
+    assert {"linear", "conv2d", "embedding", "lstm, gru, rnn"} <= ff.integer.supported().keys()
 
 
 @pytest.mark.parametrize("rebuilt", ["float", "simulated", "integer"])
@@ -159,4 +200,15 @@ def test_a_converted_model_of_rewritten_modules_can_be_copied(duplicate: Callabl
     model = ff.convert(ff.quantize(Block(), [tokens], progress=False))
     expected = outputs(model, tokens, runs=3)
     assert torch.equal(outputs(duplicate(model), tokens), expected)
-    assert torch.allclose(outputs(duplicate(model).bfloat16(), tokens).float(), expected, atol=0.1)
+    lower = outputs(duplicate(model).bfloat16(), tokens)
+    assert lower.dtype == torch.bfloat16
+    assert torch.allclose(lower.float(), expected, atol=0.1)
+
+
+def test_an_integer_model_does_not_go_back_to_float() -> None:
+    tokens = torch.randint(0, 20, (2, 12))
+    model = ff.convert(ff.quantize(Block(), [tokens], progress=False))
+    expected = outputs(model, tokens, runs=3)
+    with pytest.raises(QuantizationError, match="3 layers hold integers \\(embed, up, down\\)"):
+        ff.dequantize_model(model)
+    assert torch.equal(outputs(model, tokens), expected)
