@@ -1,7 +1,6 @@
 """Grid: the unsigned 8-bit grid on which an activation enters an integer layer."""
 
 import dataclasses
-import warnings
 import weakref
 from typing import Any
 
@@ -52,10 +51,10 @@ class Grid:
     def fresh_codes(self, x: torch.Tensor) -> torch.Tensor:
         """``codes`` without the codes kept for a value seen before."""
         x = x.detach()
-        if self.inverse_smoothing is not None:
-            return self._smoothed(x)
         if x.dtype != torch.float32:
             x = x.float()
+        if self.inverse_smoothing is not None:
+            return self._smoothed(x)
         return self._rounded(representable(x, self.scale))
 
     def codes_in_place(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,13 +158,3 @@ def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tens
 def quantize_dequantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round float32 ``x`` to the values of an 8-bit grid."""
     return torch.quantize_per_tensor(x.detach(), grid.scale, grid.zero_point, torch.quint8).dequantize()
-
-
-def _announce_quietly() -> None:
-    """Let torch say once, unheard, that its quantized dtypes will go: users cannot change it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
-
-
-_announce_quietly()

@@ -2,7 +2,9 @@
 
 import torch
 
+from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.module import QuantizedModule
+from fastforward.nn.one_pass import LastInput
 from fastforward.nn.operands import SimulatedWeight, add_operand_stubs, quantize_parameter
 from fastforward.nn.quantizer import Quantizer
 
@@ -36,10 +38,28 @@ class QuantizedLinear(QuantizedModule, torch.nn.Linear):
         if self._float_only:
             return super().forward(input)
         here, smoothing = self.at_call(), self.smoothing
-        # Multiplied by the reciprocal, not divided: integer layers do the same and round alike.
-        x = input if smoothing is None else input * smoothing.reciprocal()
-        x = here.input_quantizer(x)
+        x = _simulated(here.input_quantizer, input, smoothing)
         weight = self._simulated_weight.get(self.weight_quantizer, self.weight, smoothing)
         bias = quantize_parameter(self.bias_quantizer, self.bias)
         y: torch.Tensor = here.output_quantizer(torch.nn.functional.linear(x, weight, bias))
         return y
+
+
+_last = LastInput()
+
+
+def _simulated(quantizer: Quantizer, input: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
+    """``quantizer(input / smoothing)``, which the caller keeps to itself."""
+    if smoothing is None:
+        x: torch.Tensor = quantizer(input)
+        return x
+    # Multiplied by the reciprocal, not divided: integer layers do the same and round alike.
+    factor = smoothing.reciprocal()
+    if type(quantizer) is LinearQuantizer and quantizer.is_plain():
+        grid = quantizer.scale, quantizer.zero_point, quantizer.quant_min, quantizer.quant_max
+        known = _last.rounded(quantizer, input, factor, grid)
+        if known is not None:
+            return known
+    # The factor is float32: what is rounded is not rounded to a lower precision before.
+    x = quantizer(input * factor).to(input.dtype)
+    return x

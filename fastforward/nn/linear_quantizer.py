@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastforward.nn.one_pass import can_round, round_in_one_pass
 from fastforward.nn.quantizer import QuantizerMetadata
 from fastforward.nn.range_quantizer import RangeQuantizer
 from fastforward.quantization import affine
@@ -73,6 +74,8 @@ class LinearQuantizer(RangeQuantizer):
             if x.numel() == 0:
                 return x.view_as(x)  # nothing to round: a layer without features never gets a scale per channel
             raise self._uncalibrated()
+        if can_round(x, (scale, self.zero_point, self.quant_min, self.quant_max)):
+            return round_in_one_pass(x, scale, self.zero_point, self.quant_min)
         if "scale" in self._parameters:
             scale = positive(scale)
         factor = 1.0 if self.gradient_scale is None else self.lsq_gradient_scale(x)

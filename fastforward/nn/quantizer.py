@@ -201,6 +201,10 @@ class Quantizer(torch.nn.Module):
             return self._each(x)
         return traced_call(self, x) if isinstance(x, torch.fx.Proxy) else x
 
+    def is_plain(self) -> bool:
+        """Return whether nothing but ``simulate`` of its class stands between what it is given and returns."""
+        return recorder is None and not self._overrides and "simulate" not in self.__dict__
+
     def _each(self, values: Any) -> Any:
         """The elements of a list or tuple, quantized; the very object if that changes none."""
         new = [self.forward(value) for value in values]
