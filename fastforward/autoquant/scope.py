@@ -28,6 +28,8 @@ CALLS = "_ff_calls"
 SCOPE_ARGUMENT = "_ff"
 # A function object made anew in each call (a closure) would otherwise be kept once per call.
 _CLOSURES_KEPT = 8
+# Older compilers find that the function of a method is not itself: the method that eager execution found is trusted then.
+_COMPARES_METHODS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 _STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT, _MODULE = range(7)
 
 
@@ -326,7 +328,11 @@ class Scope:
             return self._operator(number, found, function, args, kwargs)
         python = getattr(function, "_torchdynamo_inline", None)  # what a scripted function was made from
         if python is not None:
-            return self.resolve(number, python, args, kwargs)
+            result = self.resolve(number, python, args, kwargs)
+            for how, callee, what, child in self.memo.get(number, ()):
+                if callee is python:  # a compiler cannot compare scripted functions
+                    self._remember(number, how, None, what, child)
+            return result
         call = getattr(type(function), "__call__", None)  # noqa: B004 - the function itself is wanted
         if type(call) is types.FunctionType and self.engine.kind(call) == "helper":
             return self._helper(number, function, call, (function, *args), kwargs, _OBJECT)
@@ -430,7 +436,7 @@ class Scope:
             if how == _CONSTANT:
                 return what
             if how == _METHOD:
-                if getattr(function, "__func__", None) is callee:
+                if isinstance(function, types.MethodType) and (function.__func__ is callee or not _COMPARES_METHODS):
                     return what(function.__self__, *args, **kwargs)
             elif how == _OBJECT:
                 if type(function) is callee:
@@ -440,6 +446,8 @@ class Scope:
                     return self._operator_again(how, what, function, args, kwargs)
                 return what(*args, **kwargs)
         for how, callee, what, _ in known:
+            if callee is None and how == _FUNCTION:
+                return what(*args, **kwargs)
             if callee is None:
                 return self._operator_again(how, what, function, args, kwargs)
         if self._is_pending() or any(

@@ -97,6 +97,11 @@ def squared(x):
     return x * x
 
 
+@torch.jit.script
+def scripted(x):
+    return x + 1
+
+
 class Callables(nn.Module):
     """Calls at one place: functions of one list, operators, a closure that is another in each call."""
 
@@ -107,9 +112,12 @@ class Callables(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         for step in self.steps:
             x = step(x)
-        for step in (doubled, masked_by(mask)):
+        for step in (doubled, masked_by(mask), self.halved):
             x = step(x)
-        return x
+        return scripted(x)
+
+    def halved(self, x):
+        return x / 2
 
 
 @pytest.mark.parametrize("live", [False, True])
