@@ -99,7 +99,8 @@ def quantize(
             if progress:
                 print(_summary(model, batches, never).summary(chosen.name))
     except BaseException:
-        undo.roll_back()
+        if not _holds_integers(model):  # once it does the float weights are gone: it stays an integer model
+            undo.roll_back()
         raise
     _warn_unreached(never)
     return model_in
@@ -266,6 +267,10 @@ def _convert(model: torch.nn.Module, batches: Batches) -> None:
     from fastforward.integer import convert
 
     convert(model, example_inputs=batches.first)
+
+
+def _holds_integers(model: torch.nn.Module) -> bool:
+    return any(getattr(module, "holds_integers", False) for module in model.modules())
 
 
 def _warn_unreached(sites: Sequence[str]) -> None:

@@ -32,10 +32,11 @@ class SampledCall:
     arguments: Mapping[str, Any]
 
     def run(self, **replaced: Tensor) -> Tensor:
-        """The operator's output, with some arguments replaced."""
+        """The operator's output, with some arguments replaced; half-precision operands are computed in float32."""
         function = resolve(self.operator.fallback)
         assert function is not None  # a row of the table that has just been called
-        result: Tensor = function(**{**self.arguments, **replaced})
+        arguments = {**self.arguments, **replaced}
+        result: Tensor = function(**{name: _precise(value) for name, value in arguments.items()})
         return result
 
     def thinned(self, rows: int) -> "SampledCall":
@@ -44,6 +45,13 @@ class SampledCall:
         if x is None or x.shape[0] <= rows:
             return self
         return SampledCall(self.operator, {**self.arguments, "input": x[:: -(-x.shape[0] // rows)]})
+
+
+def _precise(value: Any) -> Any:
+    """Errors of quantization are not to be told from those of a half-precision sum."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return type(value)(map(_precise, value)) if type(value) in (list, tuple) else value
 
 
 class Samples:

@@ -79,7 +79,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         if torch.compiler.is_compiling():
             return self._traced(input)
         if self._float_wins and self._kernels.get((input.numel() // self.in_features, False)) == "float":
-            return torch.nn.functional.linear(input, self._dense(input.dtype), self.bias)
+            return self._in_floats(input)
         codes = self.codes(input)
         if self.defers:
             return self.product(codes, input.dtype)
@@ -131,7 +131,10 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         if not kernel:
             kernel = fastest(self._candidates(codes, epilogue, activation, out))
         self._kernels[use] = self.record.kernel = kernel
-        self._float_wins = self._float_wins or kernel == "float"
+        if kernel == "float":
+            self._float_wins = True
+        else:
+            self._float_weight = None
         return "int_mm" if kernel == "float" else kernel
 
     def _default_kernel(self, rows: int) -> str:
@@ -153,14 +156,16 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         if out is not None or self.record.source != "float32":
             return candidates
         x = self.grid.values(codes)
-        dense = self._dense(x.dtype)
-        self._float_weight = None
 
         def quantizing(run: Callable[[], Any]) -> Callable[[], Any]:
             return lambda: (self.grid.fresh_codes(x), run())
 
         integers = {kernel: quantizing(run) for kernel, run in candidates.items()}
-        return {**integers, "float": lambda: activation.apply(torch.nn.functional.linear(x, dense, self.bias))}
+        return {**integers, "float": lambda: activation.apply(self._in_floats(x))}
+
+    def _in_floats(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, self._dense(x.dtype), bias)
 
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as floats, kept: for layers so small that integers lose."""

@@ -61,18 +61,16 @@ class SimulatedWeight:
     def get(self, quantizer: Quantizer, weight: torch.Tensor, smoothing: torch.Tensor | None = None) -> torch.Tensor:
         """``quantizer(weight * smoothing)``, from the cache where that cannot be told from computing it again."""
         if not _cacheable(quantizer, weight):
-            simulated: torch.Tensor = quantizer(_smoothed(weight, smoothing))
-            return simulated
+            return _simulated(quantizer, weight, smoothing)
         key = _fingerprint(quantizer, weight, smoothing)
         if self._value is None or not _same(key, self._key):
-            simulated = quantizer(_smoothed(weight, smoothing))
-            self._key, self._value = key, simulated
-            return simulated
+            self._key, self._value = key, _simulated(quantizer, weight, smoothing)
         return self._value
 
 
-def _smoothed(weight: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
-    return weight if smoothing is None else weight * smoothing
+def _simulated(quantizer: Quantizer, weight: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
+    rounded: torch.Tensor = quantizer(weight if smoothing is None else weight * smoothing)
+    return rounded if rounded.dtype == weight.dtype else rounded.to(weight.dtype)
 
 
 def _cacheable(quantizer: Quantizer, weight: torch.Tensor) -> bool:

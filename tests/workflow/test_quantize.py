@@ -314,3 +314,18 @@ def test_converting_before_calibrating_is_an_error() -> None:
     ff.schemes.get("w8a8").apply(model)
     with pytest.raises(ff.exceptions.CalibrationError, match="no range yet"):
         ff.convert(model)
+
+
+def test_an_error_after_conversion_leaves_an_integer_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastforward.integer import conversion
+
+    def failing(*args: Any) -> None:
+        msg = "interrupted"
+        raise KeyboardInterrupt(msg)
+
+    monkeypatch.setattr(conversion, "learn", failing)
+    model, data = Net(), batches()
+    with pytest.raises(KeyboardInterrupt, match="interrupted"):
+        ff.quantize(model, data, progress=False, convert=True)
+    assert isinstance(model.first, ff.integer.IntegerLinear)
+    assert model.eval()(data[0]).isfinite().all()
