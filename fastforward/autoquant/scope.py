@@ -28,7 +28,7 @@ CALLS = "_ff_calls"
 SCOPE_ARGUMENT = "_ff"
 # A function object made anew in each call (a closure) would otherwise be kept once per call.
 _CLOSURES_KEPT = 8
-# Older compilers find that the function of a method is not itself: the method that eager execution found is trusted then.
+# Older compilers find that the function of a method is not itself: what eager execution found is trusted then.
 _COMPARES_METHODS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 _STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT, _MODULE = range(7)
 
