@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastforward.autoquant.scope import SCOPES
+from fastforward.nn.call_paths import PENDING
 from fastforward.nn.rewritten import RewrittenModule
 
 
@@ -20,6 +21,8 @@ def bypass_rewriting(model: torch.nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, RewrittenModule) or not module._float_only or "forward" in module.__dict__:
             continue
+        if module.__dict__.get(PENDING):
+            continue  # quantizers that were loaded for sites which only the rewritten code will find
         if any(scope.announces for scope in module.__dict__.get(SCOPES, {}).values()):
             continue  # what it calls is to know on which call path
         if module.float_class is not None and not _has_fast_path(module.float_class):

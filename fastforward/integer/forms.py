@@ -50,7 +50,10 @@ class Grids:
         Raises:
             UnsupportedOperatorError: Integer kernels cannot take it.
         """
-        grid = grid_of(layer.input_quantizer, getattr(layer, "smoothing", None))
+        return self.share(grid_of(layer.input_quantizer, getattr(layer, "smoothing", None)))
+
+    def share(self, grid: Grid) -> Grid:
+        """The grid equal to ``grid`` that was seen first."""
         first = self._known.setdefault(grid.key(), grid)
         first.shared = first is not grid
         return first

@@ -19,7 +19,7 @@ Its class is found by name in ``fastforward.integer.__all__``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from fastforward.selection.quantizers import all_quantizers
 from fastforward.state import file as state_file
 from fastforward.state.capture import capture, quantized_modules, unwrap
 from fastforward.state.manifest import Manifest, from_json
-from fastforward.state.restore import Restorer
+from fastforward.state.restore import Change, Restorer, finish_integers
 
 FILE_NAME = "quantization.safetensors"
 _SHOWN = 8
@@ -114,8 +114,7 @@ def load_quantization(
         if made_stubs:
             _back_to_float(target)
         raise
-    for change in plan.changes:
-        change()
+    _make(plan.changes, target, manifest)
     if plan.problems:
         warnings.warn(_misfit(file, manifest, plan.problems), QuantizationWarning, stacklevel=2)
     return model
@@ -164,8 +163,14 @@ def _take_over(model: torch.nn.Module, manifest: Manifest, tensors: dict[str, to
     if plan.problems:
         msg = f"this process has another model: {plan.problems[0]}"
         raise StateError(msg)
-    for change in plan.changes:
+    _make(plan.changes, model, manifest)
+
+
+def _make(changes: Iterable[Change], model: torch.nn.Module, manifest: Manifest) -> None:
+    for change in changes:
         change()
+    if manifest.integers:
+        finish_integers(model)
 
 
 def _file(path: str | Path) -> Path:

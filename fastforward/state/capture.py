@@ -199,7 +199,7 @@ def _module(module: QuantizedModule) -> SavedModule:
 def _quantizers(model: torch.nn.Module, store: TensorStore) -> list[SavedQuantizer]:
     sites = dict[int, list[str]]()
     found = dict[int, Quantizer]()
-    for name, quantizer in [*all_quantizers(model).named_modules(), *_pending(model)]:
+    for name, quantizer in [*all_quantizers(model).named_modules(), *pending_quantizers(model)]:
         if isinstance(quantizer, Quantizer) and not quantizer.is_stub():
             found.setdefault(id(quantizer), _fixed(quantizer))
             sites.setdefault(id(quantizer), []).append(name)
@@ -213,7 +213,8 @@ def _fixed(quantizer: Quantizer) -> Quantizer:
     return plain
 
 
-def _pending(model: torch.nn.Module) -> list[tuple[str, Quantizer]]:
+def pending_quantizers(model: torch.nn.Module) -> list[tuple[str, Quantizer]]:
+    """Name and quantizer of every site that was loaded and is not found yet."""
     return [
         (f"{path}.{name}" if path else name, quantizer)
         for path, module in quantized_modules(model).items()

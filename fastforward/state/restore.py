@@ -21,7 +21,7 @@ from fastforward.selection.mpath import FilterResult
 from fastforward.selection.quantizers import all_quantizers
 from fastforward.selection.rules_yaml import decode, quantizer_class
 from fastforward.selection.scheme import REASON
-from fastforward.state.capture import PENDING, float_class, qualified_name, source_hash
+from fastforward.state.capture import PENDING, float_class, pending_quantizers, qualified_name, source_hash
 from fastforward.state.manifest import Manifest, SavedInteger, SavedParts, SavedQuantizer
 
 Change = Callable[[], None]
@@ -261,6 +261,19 @@ def integer_class(name: str) -> Any:
         msg = f"the state names {name!r}, which is not a class of fastforward.integer that can be loaded"
         raise StateError(msg)
     return cls
+
+
+def finish_integers(model: torch.nn.Module) -> None:
+    """Do to a model with loaded integer layers what conversion does: values between them stay integers too."""
+    grids = importlib.import_module("fastforward.integer.forms").Grids()
+    layer_class = importlib.import_module("fastforward.integer.layer").IntegerLayer
+    for module in model.modules():
+        if isinstance(module, layer_class):
+            module.grid = grids.share(module.grid)
+    importlib.import_module("fastforward.integer.conversion").finish(model, ())
+    islands = importlib.import_module("fastforward.integer.islands")
+    for _, quantizer in pending_quantizers(model):
+        islands.speed_up(quantizer)
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:

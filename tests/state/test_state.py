@@ -122,6 +122,35 @@ def test_an_integer_model_computes_the_same_bits(tmp_path, make, data):
         assert torch.equal(loaded(data), net(data))
 
 
+def attend(query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+KINDS = {"plain": attend}
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x):
+        heads = [layer(x).view(*x.shape[:2], 4, 8).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        return self.out(KINDS["plain"](*heads).transpose(1, 2).flatten(2))
+
+
+def test_values_between_loaded_integer_layers_stay_integers_too(tmp_path):
+    """The attention's operands have sites that only a run finds; layers before them compute their codes at once."""
+    torch.manual_seed(0)
+    data = torch.randn(4, 24, 32)
+    net = ff.convert(ff.quantize(Attention().eval().requires_grad_(False), [data], progress=False))
+    expected = [net(data) for _ in range(3)][-1]
+    loaded = ff.load_quantization(Attention().eval().requires_grad_(False), ff.save_quantization(net, tmp_path))
+    for _ in range(3):
+        assert torch.equal(loaded(data), expected)
+    assert loaded.query.record.fused == net.query.record.fused == ("merged",)
+
+
 def test_a_bias_that_folding_added_is_loaded(tmp_path):
     net = ff.quantize_model(nn.Linear(4, 4, bias=False))
     ff.schemes.get("w8").apply(net)
