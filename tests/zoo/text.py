@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -101,11 +102,20 @@ def generated_classes(model: torch.nn.Module, result: TextResult) -> Iterator[di
 
 
 def _sites(model: torch.nn.Module) -> set[Site]:
+    return {(path, _on_any_call_path(name)) for path, _, name in _stubs(model)}
+
+
+def _stubs(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
     parts = ((path, part) for path, part in model.named_modules() if isinstance(part, ff.nn.QuantizedModule))
-    return {(path, name) for path, part in parts for name in part.own_quantizers()}
+    return [(path, part, name) for path, part in parts for name in part.own_quantizers()]
+
+
+def _on_any_call_path(name: str) -> str:
+    """Text has one quantizer at a site where execution has one for each call path of the module."""
+    return re.sub(r"_call\d+$", "", name)
 
 
 def _attach(model: torch.nn.Module, sites: set[Site]) -> None:
-    parts = dict(model.named_modules())
-    for path, name in sites:
-        setattr(parts[path], name, Trace())
+    for path, part, name in _stubs(model):
+        if (path, _on_any_call_path(name)) in sites:
+            setattr(part, name, Trace())

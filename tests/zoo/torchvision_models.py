@@ -38,7 +38,6 @@ CLASSIFICATION: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 IN_CI = {
     "resnet18",
-    "swin_t",
     "googlenet",
     "shufflenet_v2_x0_5",
     "mobilenet_v3_small",
