@@ -18,6 +18,8 @@ _NAMES = {
     "AOBaseConfig": "module_configs",
     "replace_modules": "module_configs",
     "register_quantize_module_handler": "module_configs",
+    "config_to_dict": "config_json",
+    "config_from_dict": "config_json",
 }
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _SUBMODULES)

@@ -14,7 +14,7 @@ from fastforward.exceptions import QuantizationError
 FilterFn = Callable[[Module, str], bool]
 Handler = Callable[..., Module]
 _H = TypeVar("_H", bound=Handler)
-_handlers: dict[type, Handler] = {}
+_handlers: "dict[type[QuantConfig], Handler]" = {}
 
 
 @dataclasses.dataclass
@@ -84,6 +84,11 @@ def register_quantize_module_handler(config_type: type[QuantConfig]) -> Callable
         return handler
 
     return register
+
+
+def registered_configs() -> tuple[type[QuantConfig], ...]:
+    """The configuration classes that a handler is registered for."""
+    return tuple(_handlers)
 
 
 def quantize_(

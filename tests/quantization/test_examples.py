@@ -9,6 +9,7 @@ MODULES = [
     "calibration.estimate",
     "calibration.observer",
     "nn.linear_quantizer",
+    "selection.config_json",
     "selection.module_configs",
 ]
 
