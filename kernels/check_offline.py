@@ -5,7 +5,8 @@
 Asserts the matrix instruction, no spills and no stack, shared memory under the device's limit, no contracted
 multiply-adds where integers are produced, the instruction budget of the row kernel, and 64-bit offsets (tensors of more
 than 2**31 elements). Exits with 1 and a list of faults otherwise. Runs no kernel: speed and the hardware's own
-arithmetic stay unproven.
+arithmetic stay unproven. Intel GPUs are not among the targets: Triton's published packages hold no compiler for them,
+so that on XPU the same kernels stay uncompiled until Intel's package is installed.
 """
 
 import argparse

@@ -156,7 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print("| model | batch | mode | ms | over float32 | SQNR dB | prepared in s | MB |\n|" + "---|" * 8)
-    results = {}
+    results: dict[str, dict[str, list[float]]] = {}
     with torch.no_grad(), warnings.catch_warnings(), contextlib.ExitStack():
         warnings.simplefilter("ignore")
         for name in options.models:

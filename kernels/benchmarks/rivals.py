@@ -42,16 +42,47 @@ def compiled(model: torch.nn.Module, inputs: Any) -> Run:
     return lambda given: call(fast, given)
 
 
-def fx_x86(model: torch.nn.Module, inputs: Any) -> Run:
-    """torch.ao's FX graph mode with the x86 back end."""
-    from torch.ao.quantization import get_default_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+def fx(backend: str) -> Callable[[torch.nn.Module, Any], Run]:
+    """torch.ao's FX graph mode with one of its back ends."""
 
-    example = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
-    prepared = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), example)
-    call(prepared, inputs)
-    integer = convert_fx(prepared)
-    return lambda given: call(integer, given)
+    def prepare(model: torch.nn.Module, inputs: Any) -> Run:
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+        torch.backends.quantized.engine = backend
+        example = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
+        prepared = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(backend), example)
+        call(prepared, inputs)
+        integer = convert_fx(prepared)
+        return lambda given: call(integer, given)
+
+    return prepare
+
+
+def pt2e(model: torch.nn.Module, inputs: Any) -> Run:
+    """PyTorch 2 export quantization with the x86 quantizer, compiled by Inductor, once per batch size."""
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torch._inductor import config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    made: dict[Any, Any] = {}
+
+    def prepared(given: Any) -> Any:
+        args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
+        exported = torch.export.export(copy.deepcopy(model), args, kwargs).module()
+        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        observed = prepare_pt2e(exported, quantizer)
+        call(observed, given)
+        return torch.compile(convert_pt2e(observed))
+
+    def run(given: Any) -> Any:
+        first = next(iter(given.values())) if isinstance(given, dict) else given[0]
+        if first.shape not in made:
+            made[first.shape] = prepared(given)
+        with config.patch(freezing=True):
+            return call(made[first.shape], given)
+
+    return run
 
 
 def torchao_dynamic(model: torch.nn.Module, inputs: Any) -> Run:
@@ -130,7 +161,9 @@ def openvino_int8(model: torch.nn.Module, inputs: Any) -> Run:
 RIVALS: dict[str, tuple[Callable[[torch.nn.Module, Any], Run], tuple[str, ...]]] = {
     "bf16": (bf16, ()),
     "float compiled": (compiled, ()),
-    "torch.ao FX x86": (fx_x86, ()),
+    "torch.ao FX x86": (fx("x86"), ()),
+    "torch.ao FX onednn": (fx("onednn"), ()),
+    "PT2E, compiled": (pt2e, ("torchao",)),
     "torchao dynamic, compiled": (torchao_dynamic, ("torchao",)),
     "quanto": (quanto, ("optimum.quanto",)),
     "ONNX Runtime QDQ": (onnxruntime_qdq, ("onnxruntime", "onnx")),

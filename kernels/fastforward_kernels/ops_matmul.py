@@ -69,6 +69,7 @@ FLOAT8_LINEAR: Callable[..., Tensor] = define(
     "float8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype) "
     "-> Tensor",
     reference=reference.float8_linear,
+    cpu=cpu_weight_only.float8_linear,
     triton="float8_matmul:float8_linear",
     fake=lambda x, x_scale, weight, weight_scale, bias, out_dtype: x.new_empty(
         (*x.shape[:-1], weight.shape[0]), dtype=out_dtype

@@ -5,7 +5,7 @@ import itertools
 import fastforward_kernels as ffk
 import pytest
 import torch
-from fastforward_kernels import cpu_matmul, epilogue
+from fastforward_kernels import cpu_matmul, cpu_weight_only, epilogue
 from fastforward_kernels import reference_matmul as reference
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
@@ -246,6 +246,25 @@ def test_float8_linear_against_float64(float8):
         expected = rows * x_scale.reshape(-1, 1).double() * weight_scale.double() + bias
         assert torch.allclose(y.double().reshape(15, 33), expected, rtol=1e-5, atol=1e-5)
         assert ffk.float8_linear(x, x_scale, weight, weight_scale, out_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("float8", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_float8_linear_equals_the_reference_for_every_byte(float8):
+    every = torch.arange(256, dtype=torch.uint8).view(float8)[:, None]
+    one, scale = torch.ones(1, 1).to(float8), torch.tensor(0.3)
+    y = ffk.float8_linear(every, scale, one, scale, torch.ones(1))
+    expected = reference.float8_linear(every, scale, one, scale, torch.ones(1), torch.float32)
+    assert torch.equal(y.isnan(), expected.isnan()) and y.isnan().any()
+    assert torch.equal(y.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_dequantized_as_the_reference_does(bits, dtype):
+    q = integers((700, 512)) >> (8 - bits)
+    for zero_point in (None, integers((700, 4), seed=1).int() % 5):
+        packed = ffk.pack_weight_only(q, torch.rand(700, 4), zero_point, bits=bits, group_size=128)
+        assert torch.equal(cpu_weight_only.dequantized(*packed, dtype), reference.dequantized(*packed, dtype))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
