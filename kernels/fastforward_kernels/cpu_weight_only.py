@@ -28,7 +28,7 @@ def weight_only_linear(
     fits = weight.dtype == torch.uint8 and x.dtype == torch.bfloat16 and group_size in GROUPS and n % 16 == 0
     if not fits or not x.numel() or not hasattr(torch.ops.aten, CONVERT):
         real = dequantized(weight, scale, zero_point, group_size, x.dtype)
-        return functional.linear(x, real, bias)  # type: ignore[no-any-return]
+        return functional.linear(x, real, bias)
     packed = PACKS.get(weight, "int4", lambda: getattr(torch.ops.aten, CONVERT)(_integers(weight), 2))
     # the key holds the zero point's number, the value the tensor itself, so that the number stays its own
     _, grid = PACKS.get(scale, id(zero_point), lambda: (zero_point, _scale_and_zero(scale, zero_point)))
