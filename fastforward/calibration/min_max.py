@@ -1,5 +1,7 @@
 """Observers that follow the smallest and largest value: overall, by moving average, by mean of batches."""
 
+from typing import ClassVar
+
 import torch
 import torch.distributed
 from torch import Tensor
@@ -23,7 +25,7 @@ class _Extrema(Observer):
         self.register_buffer("high", torch.empty(0))
 
     def update(self, x: Tensor) -> None:
-        low, high = extrema_of(x, self.granularity)
+        low, high = extrema_of(x, self)
         if low.dtype != torch.float32:
             low, high = low.to(torch.float32), high.to(torch.float32)
         if not low.is_cuda:  # there, looking would wait for the GPU at every step: compute_range looks
@@ -125,6 +127,7 @@ class MeanMinMax(_Extrema):
         self.follow(other.low, other.high)
 
     def compute_range(self) -> tuple[Tensor, Tensor]:
+        self.require_finite(self.low, self.high)
         count = self.count_batches()
         return (self.low / count).to(torch.float32), (self.high / count).to(torch.float32)
 
@@ -132,23 +135,28 @@ class MeanMinMax(_Extrema):
 class _Latest:
     """The extrema of the tensor looked at last: query, key and value layers observe one and the same input.
 
-    The tensor is held, so that its memory cannot come back as another one's while the entry stands.
+    The tensor is held, so that its memory cannot come back as another one's while the entry stands. An observer that
+    has used the entry does not use it again: it sees the next batch, in the same memory perhaps.
     """
 
     entry: tuple[Tensor, int, Granularity, tuple[Tensor, Tensor]] | None = None
+    askers: ClassVar[set[int]] = set()
 
 
-def extrema_of(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """Return the extrema of each block of ``x``, from memory if ``x`` was the last tensor asked about."""
+def extrema_of(x: Tensor, observer: Observer) -> tuple[Tensor, Tensor]:
+    """Return the extrema of each block of ``x``, from memory if another observer has just asked about it."""
+    granularity = observer.granularity
     if x.is_inference():  # has no version to tell whether it was changed in place
         return min_max(x, granularity)
-    if _Latest.entry is not None:
+    if _Latest.entry is not None and id(observer) not in _Latest.askers:
         seen, version, blocks, extrema = _Latest.entry
         same_memory = seen.data_ptr() == x.data_ptr() and version == x._version and seen.dtype == x.dtype
         if same_memory and seen.shape == x.shape and seen.stride() == x.stride() and blocks == granularity:
+            _Latest.askers.add(id(observer))
             return extrema
     extrema = min_max(x, granularity)
     _Latest.entry = (x, x._version, granularity, extrema)
+    _Latest.askers = {id(observer)}
     return extrema
 
 

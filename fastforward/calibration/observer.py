@@ -87,7 +87,8 @@ class Observer(LazyBuffers):
         """Check and take in one batch."""
         data = x.detach() if x.requires_grad else x
         if not self.checks_values:
-            self.require_finite(*torch.aminmax(data))
+            low, high = torch.aminmax(data)
+            self.require_finite(low.to(torch.float32), high.to(torch.float32))  # what they compute in
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(mode=False):  # a buffer made in it could never be changed outside it
                 self.update(data)

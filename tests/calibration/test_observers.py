@@ -3,11 +3,13 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastforward.calibration import min_max
 from fastforward.calibration import observers as obs
 from fastforward.calibration.histogram import coarsened, exponent_for, histogram
 from fastforward.exceptions import CalibrationError
@@ -77,6 +79,37 @@ def test_nan_and_infinity_are_refused_with_the_site(make, bad):
     with pytest.raises(CalibrationError, match=r"layer\.input_quantizer"):
         observer(torch.tensor([1.0, bad]))
     assert not observer.has_data
+
+
+@pytest.mark.parametrize("make", ALL, ids=IDS)
+def test_values_beyond_float32_are_refused(make):
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        make().bind(PerTensor(), GRID, "here")(torch.tensor([1.0, 1e300], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", [obs.MinMax, obs.MovingAverageMinMax, obs.MeanMinMax])
+def test_memory_that_is_filled_again_is_looked_at_again(make):
+    """Versions of tensors do not tell when numpy, or `.data`, writes to their memory."""
+    memory = np.ones((4, 8), dtype=np.float32)
+    x, observer, fresh = torch.from_numpy(memory), make(), make()
+    for value in (1.0, 5.0, -3.0):
+        memory[:] = value
+        observer(x)
+        fresh(torch.full((4, 8), value))
+    assert observer.calculate_qparams() == fresh.calculate_qparams()
+
+
+def test_one_tensor_that_several_observers_see_is_reduced_once(monkeypatch):
+    reduced = []
+    real = min_max.min_max
+    monkeypatch.setattr(min_max, "min_max", lambda x, granularity: reduced.append(x) or real(x, granularity))
+    observers, x = [obs.MinMax() for _ in range(3)], torch.randn(4, 8)
+    for observer in observers:
+        observer(x)
+    assert len(reduced) == 1
+    for observer in observers:
+        observer(x)
+    assert len(reduced) == 2
 
 
 @pytest.mark.parametrize("make", ALL, ids=IDS)
