@@ -2,6 +2,9 @@
 
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +45,12 @@ def setting() -> dict[str, Any]:
     return {"minilm": minilm, "float": model, "data": data, "test": test, "static": quantized}
 
 
+@pytest.fixture(scope="module")
+def integer(setting: dict[str, Any]) -> torch.nn.Module:
+    """The static quantized model, converted."""
+    return ff.convert(copy.deepcopy(setting["static"]))
+
+
 @torch.no_grad()
 def tokens(model: torch.nn.Module, inputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     return torch.cat([model(**batch).last_hidden_state[batch["attention_mask"].bool()] for batch in inputs])
@@ -76,12 +85,63 @@ def test_projections_of_one_value_share_smoothing_and_grid(setting: dict[str, An
         assert torch.equal(attention.query.input_quantizer.scale, other.input_quantizer.scale)
 
 
-def test_integers_are_as_good_as_the_simulation(setting: dict[str, Any]) -> None:
-    converted = ff.convert(copy.deepcopy(setting["static"]))
-    of_tokens, of_sentences = decibels(setting, converted)
+def test_integers_are_as_good_as_the_simulation(setting: dict[str, Any], integer: torch.nn.Module) -> None:
+    of_tokens, of_sentences = decibels(setting, integer)
     assert of_tokens >= 22 and of_sentences >= 25
-    found = ff.coverage(converted, setting["test"][0])
+    found = ff.coverage(integer, setting["test"][0])
     assert {row.mode for row in found.multiplying if row.operator == "linear"} == {"integer"}
+
+
+def test_dynamic_int8_per_token_keeps_22_5_db_of_tokens_and_26_db_of_sentences(setting: dict[str, Any]) -> None:
+    data = setting["data"][:2]
+    model = ff.quantize(copy.deepcopy(setting["float"]), data, scheme="w8a8_dynamic", progress=False)
+    for done in (model, ff.convert(copy.deepcopy(model))):
+        of_tokens, of_sentences = decibels(setting, done)
+        assert of_tokens >= 22.5 and of_sentences >= 26
+
+
+LOADED = """
+import copy, sys, torch
+import fastforward as ff
+from pathlib import Path
+from transformers import BertConfig, BertModel
+
+folder = Path(sys.argv[1])
+inputs = torch.load(folder / "inputs.pt")
+float_model = BertModel(BertConfig.from_json_file(sys.argv[2])).eval()
+with torch.no_grad():
+    for kind in ("simulated", "integer"):
+        model = ff.load_quantization(copy.deepcopy(float_model), folder / f"{kind}.safetensors")
+        torch.save(model(**inputs).last_hidden_state, folder / f"{kind}.pt")
+"""
+
+
+def test_saved_models_compute_the_same_bits_in_a_fresh_process(
+    setting: dict[str, Any], integer: torch.nn.Module, tmp_path: Path
+) -> None:
+    """Simulated in several files, and integer: into a model whose own weights are random."""
+    models = {"simulated": setting["static"], "integer": integer}
+    inputs = setting["test"][0]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    with torch.no_grad():
+        expected = {kind: model(**inputs).last_hidden_state for kind, model in models.items()}
+    ff.save_quantization(models["simulated"], tmp_path / "simulated.safetensors", max_shard_size=40_000_000)
+    ff.save_quantization(models["integer"], tmp_path / "integer.safetensors")
+    assert len(list(tmp_path.glob("simulated*"))) > 2
+    config = setting["minilm"].model_directory() / "config.json"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", LOADED, str(tmp_path), str(config)], check=True, env=environment)
+    for kind, output in expected.items():
+        assert torch.equal(torch.load(tmp_path / f"{kind}.pt"), output), kind
+
+
+def test_the_file_of_an_int8_model_has_about_a_quarter_of_the_size(
+    setting: dict[str, Any], integer: torch.nn.Module, tmp_path: Path
+) -> None:
+    layers = [m for m in setting["float"].modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))]
+    others = sum(p.numel() * 4 for p in setting["float"].parameters()) - sum(m.weight.numel() * 4 for m in layers)
+    size = ff.save_quantization(integer, tmp_path).stat().st_size
+    assert (size - others) / sum(m.weight.numel() * 4 for m in layers) <= 0.27
 
 
 def test_nearest_neighbours_stay(setting: dict[str, Any]) -> None:
