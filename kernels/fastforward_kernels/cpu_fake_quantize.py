@@ -1,8 +1,9 @@
 """Fake-quantize for CPUs, forward and backward, by ATen's vectorized operators over chunks that stay in the cache.
 
-Four passes over a chunk (five where zero points differ) cost about as much again as the one over memory: less than
+Four passes over a chunk (five where zero points differ) cost about as much again as the one over memory: about
 twice the time of a memory copy, where torch's own operator (scalar code) takes fifteen to twenty times. For the
-gradient to the input one byte an element is kept, which says whether it was clipped: the input itself may be changed.
+gradient to the input it keeps which elements were clipped (of large tensors a byte each, of small ones the excess
+itself, which saves two passes), and so the input may be changed afterwards.
 """
 
 from collections.abc import Sequence
@@ -43,8 +44,9 @@ def fake_quantize_out(
 def fake_quantize_with_clipped(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, tile: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Round ``x`` to the grid; also return bool like ``x``: which elements were clipped (or NaN)."""
-    out, clipped = memory.empty_like(x), memory.mapped(torch.empty_like(x, dtype=torch.bool))
+    """Round ``x`` to the grid; also return what :func:`zero_clipped` takes, which is not zero where it was clipped."""
+    kept = torch.float32 if x.dtype == torch.float32 and x.numel() <= SINGLE else torch.bool
+    out, clipped = memory.empty_like(x), memory.mapped(torch.empty_like(x, dtype=kept))
     _run(x, scale, zero_point, qmin, qmax, tile, out, clipped)
     return out, clipped
 
@@ -97,8 +99,8 @@ def grid_of(sweep: Sweep, scale: Tensor, zero_point: Tensor, qmin: int, qmax: in
     """
     if zero_point.numel() > 1:
         tiling.check_parameter("zero_point", zero_point.numel(), sweep.layout.blocks, sweep.original, sweep.tile)
-        least, most = zero_point.detach().reshape(-1).aminmax()
-        zero_point = least if least == most else zero_point
+        least, most = zero_point.aminmax()
+        zero_point = least if least.item() == most.item() else zero_point
     z = sweep.number("zero_point", torch.round(zero_point) if zero_point.is_floating_point() else zero_point)
     step = sweep.factor("scale", scale)
     return step.reciprocal(), qmin - z, qmax - z, step
@@ -114,6 +116,12 @@ def _round_to_grid(
     scale: Tensor,
 ) -> None:
     direct = x.dtype == torch.float32 == out.dtype
+    if clipped is not None and clipped.is_floating_point():
+        torch.mul(x, inverse, out=clipped).round_()
+        clip(clipped, low, high, out=out)
+        clipped.sub_(out)
+        out.mul_(scale)
+        return
     v = out if direct else scratch(0, x).copy_(x)
     torch.mul(x if direct else v, inverse, out=v)
     v.round_()
@@ -139,9 +147,9 @@ def clip(v: Tensor, low: Parameter, high: Parameter, *, out: Tensor) -> Tensor:
 
 
 def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
-    """Return ``grad`` where ``clipped`` is not set and zero elsewhere, in the layout of ``clipped``."""
+    """Return ``grad`` where ``clipped`` is zero or NaN and zero elsewhere, in the layout of ``clipped``."""
     out = memory.mapped(torch.empty_like(clipped, dtype=grad.dtype))
-    mask = clipped.view(torch.uint8)  # torch converts these fast, booleans slowly
+    mask = clipped.view(torch.uint8) if clipped.dtype == torch.bool else clipped  # torch converts bytes fast
     if _is_single(mask, ()) and grad.is_contiguous():
         _zero_clipped(grad, mask, out)
         return out
@@ -153,7 +161,8 @@ def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
 
 
 def _zero_clipped(grad: Tensor, mask: Tensor, out: Tensor) -> None:
-    gate(grad, scratch(0, mask, grad.dtype).copy_(mask), (-0.5, 0.5), out=out)
+    excess = mask if mask.dtype == grad.dtype else scratch(0, mask, grad.dtype).copy_(mask)
+    gate(grad, excess, (-0.5, 0.5), out=out)
 
 
 def gate(grad: Tensor, v: Tensor, bounds: tuple[float, float], *, out: Tensor) -> None:

@@ -50,7 +50,7 @@ class Sweep:
 
     def factor(self, name: str, value: Tensor) -> Tensor:
         """Return the float32 tensor that broadcasts against the view; ATen multiplies fastest by one without axes."""
-        value = value.detach().to(torch.float32)
+        value = (value.detach() if value.requires_grad else value).to(torch.float32)
         if value.numel() == 1:
             return value.reshape(())
         tiling.check_parameter(name, value.numel(), self.layout.blocks, self.original, self.tile)
@@ -65,7 +65,7 @@ class Sweep:
         """Return ``tensor`` in the layout's shape; a copy if its memory is not in that order."""
         if self.order is not None:
             tensor = tensor.permute(self.order)
-        return tensor.reshape(self.layout.view)
+        return tensor if tensor.shape == self.layout.view else tensor.reshape(self.layout.view)
 
     def chunks(self, tensors: Sequence[Tensor], parameters: Sequence[Parameter]) -> Iterator[list[Any]]:
         """Yield aligned pieces of ``tensors`` (as viewed) and ``parameters``, each of about CHUNK elements."""

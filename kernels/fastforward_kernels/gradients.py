@@ -81,7 +81,11 @@ def _autograd_kernel(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            return zero_clipped(grads[0], *ctx.saved_tensors), None, None, None, None, None
+            grad, (clipped,) = grads[0], ctx.saved_tensors
+            if type(grad) is Tensor and type(clipped) is Tensor:  # nobody is tracing
+                with torch._C._AutoDispatchBelowAutograd():
+                    return cpu_fake_quantize.zero_clipped(grad, clipped), None, None, None, None, None
+            return zero_clipped(grad, clipped), None, None, None, None, None
 
     class KeepingInput(torch.autograd.Function):
         @staticmethod

@@ -77,9 +77,10 @@ def apply_mask(grad: Tensor, mask: Tensor) -> Tensor:
 
 
 def zero_clipped(grad: Tensor, clipped: Tensor) -> Tensor:
-    """Return ``grad`` where the booleans ``clipped`` are not set, zero elsewhere; in the layout of ``clipped``."""
+    """Return zero where ``clipped`` (booleans, or by how many steps) is set, else ``grad``; in its memory layout."""
     out = torch.empty_like(clipped, dtype=grad.dtype)
-    return out.copy_(torch.where(clipped, torch.zeros((), dtype=grad.dtype, device=grad.device), grad))
+    outside = clipped.to(torch.float32).abs() > 0.5
+    return out.copy_(torch.where(outside, torch.zeros((), dtype=grad.dtype, device=grad.device), grad))
 
 
 def fake_quantize_backward(

@@ -249,7 +249,9 @@ def test_errors_say_what_is_wrong(call, error, message):
 
 @pytest.mark.parametrize("tile", [[], [1, -1], [-1, 1], [1, 10]])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-def test_the_input_may_be_changed_in_place_afterwards(tile, dtype):
+@pytest.mark.parametrize("single", [0, cpu_fake_quantize.SINGLE], ids=["large", "small"])
+def test_the_input_may_be_changed_in_place_afterwards(tile, dtype, single, monkeypatch):
+    monkeypatch.setattr(cpu_fake_quantize, "SINGLE", single)
     x, grad = data((60, 40), dtype), data((60, 40), dtype, seed=3)
     blocks = reference.tiling.layout((60, 40), tuple(tile)).blocks
     grid = (*parameters(blocks, (-8, 7)), -8, 7, tile)
@@ -270,12 +272,15 @@ def test_a_learnt_grid_says_that_its_input_was_changed():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("single", [0, cpu_fake_quantize.SINGLE], ids=["large", "small"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_clipped_elements_get_no_gradient_in_any_layout(layout):
+def test_clipped_elements_get_no_gradient_in_any_layout(layout, single, monkeypatch):
+    monkeypatch.setattr(cpu_fake_quantize, "SINGLE", single)
     x = LAYOUTS[layout](data((2, 4, 300, 70)))
     scale, zero_point = parameters(1, (-8, 7))
     y, clipped = cpu_fake_quantize.fake_quantize_with_clipped(x, scale, zero_point, -8, 7, [])
     assert torch.equal(y, reference.fake_quantize(x, scale, zero_point, -8, 7, []))
+    assert clipped.dtype == (torch.float32 if x.numel() <= single else torch.bool)
     for grad in (data(x.shape, seed=3), data(x.shape[::-1], seed=3).permute(3, 2, 1, 0)):
         expected = reference.fake_quantize_backward(grad, x, scale, zero_point, -8, 7, [])
         assert torch.equal(cpu_fake_quantize.zero_clipped(grad, clipped), expected)

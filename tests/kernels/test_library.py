@@ -37,7 +37,7 @@ def calls():
         "fake_quantize_backward": [(X, X, *GRID, [])],
         "fake_quantize_lsq_backward": [(X, X, *GRID, [])],
         "fake_quantize_with_mask": [(leaf(), *GRID, [])],
-        "zero_clipped": [(X, X > 0), (X, (X.t() > 0).t())],
+        "zero_clipped": [(X, X > 0), (X, (X.t() > 0).t()), (X, X.round())],
         "apply_mask": [(X, torch.full((4,), 0b1010, dtype=torch.uint8))],
         "fake_quantize_out": [(X, *GRID, [], torch.empty_like(X))],
         "fake_quantize_float8": [(leaf(), SCALE, F8, [])],
