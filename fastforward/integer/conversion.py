@@ -24,7 +24,7 @@ _LEARNING_RUNS = 3
 def convert(
     model: torch.nn.Module, *, backend: str = "auto", example_inputs: Any = None, keep_float: bool = False
 ) -> torch.nn.Module:
-    """Turn calibrated linear layers, convolutions and embeddings into integer ones, in place.
+    """Turn calibrated linear and recurrent layers, convolutions and embeddings into integer ones, in place.
 
     Weights become int8 once and their float form is released. A layer whose quantizers have no integer form stays
     simulated; :func:`fastforward.integer.explain` says why.

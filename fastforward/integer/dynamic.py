@@ -6,6 +6,7 @@ import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn
+from fastforward.integer.int_mm import int_mm
 from fastforward.integer.layer import become, output_from_json, output_to_json, successor
 from fastforward.integer.weights import channel_sums, integer_weight, require_integer
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
@@ -90,7 +91,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
         """Multiply ``[m, in_features]``, parameters ``[m, 1]``, a block of rows at a time that stays in the cache."""
         if torch.compiler.is_compiling():
             codes = torch.round(rows * (1 / scale)).add(zero_point).clamp(0, self._highest()).to(torch.uint8)
-            return self._finished(torch._int_mm(codes, self.weight_int8.t()) * self.weight_scale, scale, zero_point)
+            return self._finished(int_mm(codes, self.weight_int8.t()) * self.weight_scale, scale, zero_point)
         blocks = zip(*(t.split(_BLOCK_ROWS) for t in (rows, scale, zero_point)), strict=True)
         results = [self._finished(self._multiplied(self._codes(*block)), *block[1:]) for block in blocks]
         return results[0] if len(results) == 1 else torch.cat(results)
@@ -110,7 +111,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
     def _multiplied(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes times the weight in real units, float32."""
         if codes.shape[0] <= onednn.SMALL_ROWS or not onednn.has_onednn():
-            return torch._int_mm(codes, self.weight_int8.t()) * self.weight_scale
+            return int_mm(codes, self.weight_int8.t()) * self.weight_scale
         zeros = onednn._zeros(self.out_features)
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 0, self._operands()[0], self.weight_scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""

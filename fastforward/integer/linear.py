@@ -10,6 +10,7 @@ from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, grid_of
+from fastforward.integer.int_mm import int_mm
 from fastforward.integer.layer import IntegerLayer, become
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.linear import QuantizedLinear
@@ -183,7 +184,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     def _traced(self, input: torch.Tensor) -> torch.Tensor:
         """The same computation in operators that compilers and exporters understand."""
         codes = self.grid.traced_codes(input).reshape(-1, self.in_features)
-        product = torch._int_mm(codes, self.weight_int8.t())
+        product = int_mm(codes, self.weight_int8.t())
         y = torch.addcmul(self.epilogue.compensated, product, self.epilogue.factor)
         y = y.view(*input.shape[:-1], self.out_features).to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)

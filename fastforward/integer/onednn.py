@@ -9,6 +9,7 @@ import torch
 
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments
 from fastforward.integer.grid import Grid
+from fastforward.integer.int_mm import int_mm
 
 # Below this many rows the fixed cost of a oneDNN call (about 30 us) exceeds what its fused epilogue saves.
 SMALL_ROWS = 8
@@ -32,7 +33,7 @@ def _exact() -> bool:
     y = torch.ops.onednn.qlinear_pointwise.default(
         codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    return bool((y == 127 * 255 * depth).all()) and bool((torch._int_mm(codes, weight.t()) == 127 * 255 * depth).all())
+    return bool((y == 127 * 255 * depth).all()) and bool((int_mm(codes, weight.t()) == 127 * 255 * depth).all())
 
 
 @functools.lru_cache(maxsize=256)
@@ -79,7 +80,7 @@ def linear_int_mm(
 ) -> torch.Tensor:
     """Multiply ``[..., K]`` codes by a plain int8 weight ``[N, K]``; float32, or codes on ``out``."""
     rows = codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
-    y = torch.addcmul(epilogue.compensated, torch._int_mm(rows, weight.t()), epilogue.factor)
+    y = torch.addcmul(epilogue.compensated, int_mm(rows, weight.t()), epilogue.factor)
     y = activation.apply(y)
     if out is not None:
         y = out.codes(y)

@@ -7,6 +7,7 @@ exported program can hold.
 import torch
 
 from fastforward.integer.epilogue import Epilogue
+from fastforward.integer.int_mm import int_mm
 
 Geometry = tuple[list[int], list[int], list[int]]
 
@@ -31,7 +32,7 @@ def conv_int_mm(
     if filters.shape[1] == 1:
         product = (rows.to(torch.int32) * filters[:, 0].to(torch.int32)).sum(-1, dtype=torch.int32)
     else:
-        product = torch.cat([torch._int_mm(rows[:, g].contiguous(), filters[g].t()) for g in range(groups)], dim=1)
+        product = torch.cat([int_mm(rows[:, g].contiguous(), filters[g].t()) for g in range(groups)], dim=1)
     y = torch.addcmul(epilogue.compensated, product, epilogue.factor)
     return y.view(*outer, weight.shape[0]).movedim(-1, 1).contiguous()
 

@@ -13,6 +13,7 @@ import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
+from fastforward.integer.int_mm import int_mm
 from fastforward.integer.layer import become, successor
 from fastforward.integer.weights import channel_sums, integer_weight, require_integer
 from fastforward.nn.linear import QuantizedLinear
@@ -88,7 +89,7 @@ class WeightOnlyLinear(torch.nn.Linear):
 
     def _int_mm(self, codes: torch.Tensor) -> torch.Tensor:
         offset = self.weight_int8.sum(1, dtype=torch.float32) * -digits.CENTER
-        return (torch._int_mm(codes, self.weight_int8.t()) + offset) * self.weight_scale
+        return (int_mm(codes, self.weight_int8.t()) + offset) * self.weight_scale
 
     def _onednn(self, codes: torch.Tensor) -> torch.Tensor:
         """Multiply by the packed weight; the bias takes off what the digits of real zero add."""

@@ -9,7 +9,7 @@ from calibrated import activation_quantizer, close, outputs, simulated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
-from fastforward.integer import IntegerLinear
+from fastforward.integer import IntegerLinear, int_mm
 from fastforward.integer.epilogue import GELU_TANH, HARDSWISH, NO_ACTIVATION, RELU, Activation
 from fastforward.integer.grid import Grid
 
@@ -204,3 +204,12 @@ def test_what_gpus_use_for_convolutions_computes_the_same(activation: Activation
     assert actual.dtype == expected.dtype
     assert torch.allclose(actual.float(), expected.float(), atol=1 if to_codes else 1e-5)
     assert (actual != expected).float().mean() < 0.01 or not to_codes
+
+
+@pytest.mark.parametrize("takes_uint8", [True, False])
+def test_plain_products_of_unsigned_and_signed_are_exact(takes_uint8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(int_mm, "TAKES_UINT8", takes_uint8 and int_mm.TAKES_UINT8)
+    codes = torch.randint(0, 256, (32, 64), dtype=torch.uint8)
+    weight = torch.randint(-128, 128, (48, 64), dtype=torch.int8)
+    assert torch.equal(int_mm.int_mm(codes, weight.t()), (codes.double() @ weight.double().t()).int())
