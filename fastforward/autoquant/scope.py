@@ -28,9 +28,7 @@ CALLS = "_ff_calls"
 SCOPE_ARGUMENT = "_ff"
 # A function object made anew in each call (a closure) would otherwise be kept once per call.
 _CLOSURES_KEPT = 8
-# Older compilers find that the function of a method is not itself: what eager execution found is trusted then.
-_COMPARES_METHODS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
-_STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT, _MODULE = range(7)
+_STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT, _MODULE, _OWN_METHOD = range(8)
 
 
 Known = tuple[int, Any, Any, "Scope | None"]
@@ -143,7 +141,7 @@ class Scope:
         for number, name in self.unit.self_calls.items():
             function = inspect.getattr_static(type(self.owner), name, None)
             if isinstance(function, types.FunctionType) and self.engine.is_known_helper(function):
-                self._expect(number, function, _METHOD)
+                self._expect(number, function, _OWN_METHOD)
 
     def _expect(self, number: int, function: types.FunctionType, how: int) -> None:
         child = self.child(number, function)
@@ -309,7 +307,8 @@ class Scope:
             return method(*args, **kwargs)
         if hasattr(me, "_ff_add_stub") and me is not self.owner:
             return self._foreign_method(number, method, args, kwargs)
-        return self._helper(number, method, function, (me, *args), kwargs, _METHOD)
+        how = _OWN_METHOD if me is self.owner else _METHOD
+        return self._helper(number, method, function, (me, *args), kwargs, how)
 
     def _foreign_method(self, number: int, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of another quantized module: its sites belong to that module."""
@@ -436,8 +435,11 @@ class Scope:
             if how == _CONSTANT:
                 return what
             if how == _METHOD:
-                if isinstance(function, types.MethodType) and (function.__func__ is callee or not _COMPARES_METHODS):
+                if len(known) == 1 or _is_method(function, callee):
                     return what(function.__self__, *args, **kwargs)
+            elif how == _OWN_METHOD:  # compilers take `super().name` for no method
+                if len(known) == 1 or _is_method(function, callee):
+                    return what(self.owner, *args, **kwargs)
             elif how == _OBJECT:
                 if type(function) is callee:
                     return what(function, *args, **kwargs)
@@ -473,6 +475,11 @@ class Scope:
     def _is_pending(self) -> bool:
         """Whether a loaded state holds quantizers for sites that no run has shown yet."""
         return self.owner is not None and bool(self.owner.__dict__.get("_ff_pending"))
+
+
+def _is_method(function: Any, callee: Any) -> bool:
+    """Whether ``function`` is the method ``callee`` of some instance, to a compiler; older ones cannot tell."""
+    return isinstance(function, types.MethodType) and function.__func__ is callee
 
 
 class MethodEntry:

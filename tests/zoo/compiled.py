@@ -15,7 +15,7 @@ import fastforward as ff
 from fastforward.selection import schemes
 from tests.zoo.entry import Entry, Inputs
 from tests.zoo.stubs import run
-from tests.zoo.values import differences
+from tests.zoo.values import differences, same_values
 
 BACKEND = "eager"
 
@@ -43,7 +43,7 @@ def check(entry: Entry) -> CompileResult:
         outputs = _compiled(entry.make(), data)
     except Exception as error:  # noqa: BLE001 - whatever keeps torch from compiling it is the reason
         return CompileResult(f"{type(error).__name__}: {_first_line(error)}")
-    if differences(expected, outputs):
+    if differences(expected, outputs, same=same_values):
         return CompileResult("compiled, the float model itself differs from eager")
     result = CompileResult()
     result.stubs = _differences(ff.quantize_model(entry.make()), data, expected)
@@ -63,7 +63,7 @@ def quickly_quantized(entry: Entry, data: Inputs) -> torch.nn.Module:
 
 def _differences(model: torch.nn.Module, data: Inputs, expected: Any) -> list[str]:
     try:
-        return differences(expected, _compiled(model, data))
+        return differences(expected, _compiled(model, data), same=same_values)
     except Exception as error:  # noqa: BLE001 - a graph break is a finding
         return [f"{type(error).__name__}: {_first_line(error)}"]
 

@@ -1,7 +1,7 @@
 """Comparing what two runs of a model left behind, to the last bit."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,17 +46,26 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(_bytes(left), _bytes(right))
 
 
+def same_values(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and values (NaN equals NaN, and 0 equals -0)."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return same_bits(left, right) or bool(torch.isclose(left, right, rtol=0, atol=0, equal_nan=True).all())
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return plain if plain.dtype == torch.bool else plain.view(torch.uint8)
 
 
-def differences(left: Any, right: Any, what: str = "out") -> list[str]:
+def differences(
+    left: Any, right: Any, what: str = "out", same: Callable[[Tensor, Tensor], bool] = same_bits
+) -> list[str]:
     """Paths at which ``right`` differs from ``left``, in words."""
     mine, theirs = dict(tensors(left, what)), dict(tensors(right, what))
     found = [f"{path}: only on one side" for path in sorted(mine.keys() ^ theirs.keys())]
     for path in sorted(mine.keys() & theirs.keys()):
-        if not same_bits(mine[path], theirs[path]):
+        if not same(mine[path], theirs[path]):
             found.append(f"{path}: {_distance(mine[path], theirs[path])}")
     return found
 
