@@ -1,5 +1,6 @@
 """Operators that the source does not show: found at a call site at run time, with stubs made on the first call."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,10 @@ class DynamicOperator:
         quantizers = {name: owner.__dict__.get(attribute) for name, attribute in self.names.items()}
         live = owner is not None and owner._stubs_live
         self.active = {name: q for name, q in quantizers.items() if q is not None and (live or not q.is_stub())}
+
+    def calling(self, function: Any) -> Callable[..., Any]:
+        """``function`` with its operands and result quantized, to be called like it."""
+        return lambda *args, **kwargs: self(function, args, kwargs)
 
     def __call__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from fastforward.autoquant.callpath import FIRST, Announced, taken
-from fastforward.autoquant.dynamic import DynamicOperator, apply, method_name
+from fastforward.autoquant.dynamic import DynamicOperator, apply, method_name, receiver_of
 from fastforward.autoquant.sites import PARAMETER, Site, nested_name, on_call_path
 from fastforward.exceptions import QuantizationError
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 SCOPES = "_ff_scopes"
 CALLS = "_ff_calls"
+# Set on a module that has more than one call path: only that one asks on which it runs.
+SEVERAL = "_ff_several"
 SCOPE_ARGUMENT = "_ff"
 # A function object made anew in each call (a closure) would otherwise be kept once per call.
 _CLOSURES_KEPT = 8
@@ -178,6 +180,7 @@ class Scope:
             target = Announced(module, index)
             self._remember(number, _MODULE, module, target, None)
         self.met[number, id(module)] = target
+        self.direct[number] = module, target
         return target
 
     @property
@@ -217,7 +220,8 @@ class Scope:
         if known is not None and known[0] is function:
             return known[1](*args, **kwargs)
         if kind in _quantized_modules:
-            return self.meet(number, function)(*args, **kwargs)
+            target = self.met.get((number, id(function))) or self.meet(number, function)
+            return target(*args, **kwargs)
         if kind is types.MethodType:
             if known is not None and known[0] is function.__func__ and function.__self__ is self.owner:
                 return known[1](function.__self__, *args, **kwargs)
@@ -253,9 +257,7 @@ class Scope:
                 _plain_modules.add(kind)
                 return function(*args, **kwargs)
             _quantized_modules.add(kind)
-            target = self.meet(number, function)
-            self.direct[number] = function, target
-            return target(*args, **kwargs)
+            return self.meet(number, function)(*args, **kwargs)
         if kind is functools.partial:
             return self.resolve(number, function.func, function.args + args, {**function.keywords, **kwargs})
         if isinstance(function, type):
@@ -361,6 +363,8 @@ class Scope:
 
     def _remember(self, number: int, how: int, callee: Any, what: Any, child: "Scope | None") -> None:
         known = self.memo.get(number, ())
+        if known and known[-1][1] is callee and known[-1][2] is what:
+            return
         if not any(other is callee and instead == what for _, other, instead, _ in known):
             self.memo[number] = (*known, (how, callee, what, child))
 
@@ -417,15 +421,19 @@ class Scope:
             return function(*args, **kwargs)
         index = self.unit.call_sites[number]
         # The method of a tensor is another object in each call, and would keep the tensor.
-        callee = function if self.engine.table.find_callable(function) is found else None
+        callee = function if receiver_of(function) is None else None
         if index is not None:
             self._remember(number, _STATIC, callee, index, None)
+            if callee is not None:
+                self.direct[number] = callee, functools.partial(self.op, index, callee)
             return self.op(index, function, *args, **kwargs)
         key = number, found.identifier
         dynamic = self.dynamic.get(key)
         if dynamic is None:
             dynamic = self.dynamic[key] = DynamicOperator(self, number, found)
         self._remember(number, _DYNAMIC, callee, dynamic, None)
+        if callee is not None:
+            self.direct[number] = callee, dynamic.calling(callee)
         return dynamic(function, args, kwargs)
 
     def call_compiled(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -496,7 +504,7 @@ class MethodEntry:
         scopes = state.get(SCOPES)
         if scopes is None:
             return self._begin(me, FIRST)
-        if CALLS in state and self.name == "forward":
+        if SEVERAL in state and self.name == "forward":
             index = taken(me)
             if index != FIRST:
                 scope: Scope | None = scopes.get((self.name, index))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from fastforward.autoquant.callpath import FIRST, taken
-from fastforward.autoquant.scope import CALLS, SCOPES, Scope
+from fastforward.autoquant.scope import CALLS, SCOPES, SEVERAL, Scope
 from fastforward.autoquant.sites import PARAMETER, on_call_path
 from fastforward.exceptions import QuantizationWarning
 from fastforward.nn.quantizer import Quantizer, QuantizerMetadata, QuantizerStub
@@ -65,6 +65,7 @@ def call_index(module: "QuantizedModule", label: str, scope: Scope) -> int:
         index = FIRST
     calls[label] = index
     if index > FIRST:
+        module.__dict__[SEVERAL] = True
         module._ff_add_call_path(index, scope)
     return index
 

@@ -9,7 +9,7 @@ import torch
 from fastforward.autoquant.bind import bound_engine, engine_for
 from fastforward.autoquant.optable import OperatorTable
 from fastforward.autoquant.recompile import Engine
-from fastforward.autoquant.scope import CALLS, SCOPES, Scope
+from fastforward.autoquant.scope import CALLS, SCOPES, SEVERAL, Scope
 from fastforward.exceptions import AutoquantError, QuantizationError
 from fastforward.nn import layers  # noqa: F401  (registers the hand-written layers)
 from fastforward.nn.call_paths import HERE, IDENTITY, meet_modules
@@ -25,7 +25,7 @@ SKIP_QUANTIZATION: Final = "skip"
 
 Target: TypeAlias = type[QuantizedModule] | None
 Skip: TypeAlias = Collection[Any] | Callable[[str, torch.nn.Module], bool] | None
-_OWN_STATE = ("_float_only", "_stubs_live", "_ff_sites", "_ff_forward", ADDED, SCOPES, CALLS, IDENTITY, HERE)
+_OWN_STATE = ("_float_only", "_stubs_live", "_ff_sites", "_ff_forward", ADDED, SCOPES, CALLS, SEVERAL, IDENTITY, HERE)
 
 
 def quantize_model(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Self
 
-from fastforward.autoquant.scope import CALLS
+from fastforward.autoquant.scope import SEVERAL
 from fastforward.exceptions import QuantizationError
 from fastforward.nn.call_paths import IDENTITY, call_index, here, new_identity, refresh_here, stubs_for_call
 from fastforward.nn.quantizer import Quantizer
@@ -97,7 +97,7 @@ class QuantizedModule(torch.nn.Module):
         The ``forward`` of a hand-written class with ``call_paths = True`` asks once, and reads all quantizers of
         activations from the answer.
         """
-        return here(self) if CALLS in self.__dict__ else self
+        return here(self) if SEVERAL in self.__dict__ else self
 
     def _ff_call_index(self, label: str, scope: Any) -> int:
         return call_index(self, label, scope)
@@ -123,7 +123,7 @@ class QuantizedModule(torch.nn.Module):
         object.__setattr__(self, "_float_only", not active)
         for scope in self.__dict__.get("_ff_scopes", {}).values():
             scope.refresh()
-        if CALLS in self.__dict__ and not hasattr(self, "_ff_add_stub"):
+        if SEVERAL in self.__dict__ and not hasattr(self, "_ff_add_stub"):
             refresh_here(self)
 
     def __setattr__(self, name: str, value: Any) -> None:

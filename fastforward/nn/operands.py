@@ -70,7 +70,7 @@ class SimulatedWeight:
 
 def _simulated(quantizer: Quantizer, weight: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
     rounded: torch.Tensor = quantizer(weight if smoothing is None else weight * smoothing)
-    return rounded if rounded.dtype == weight.dtype else rounded.to(weight.dtype)
+    return rounded if smoothing is None else rounded.to(weight.dtype)
 
 
 def _cacheable(quantizer: Quantizer, weight: torch.Tensor) -> bool:
