@@ -98,7 +98,7 @@ class IntegerConv(IntegerLayer):
             y = activation.apply(self.compute(codes, epilogue))
             return y if out is None else out.codes(y)
         codes, bias, point, padding = self._operands_of(codes, epilogue)
-        result: torch.Tensor = torch.ops.onednn.qconv_pointwise.default(
+        result: torch.Tensor = onednn.CONVOLUTIONS[self._dimensions - 2](
             codes,
             self.grid.scale,
             point,

@@ -4,6 +4,7 @@ Activations are uint8 codes, weights int8. The measurements behind the defaults 
 """
 
 import functools
+from typing import Any
 
 import torch
 
@@ -13,6 +14,17 @@ from fastforward.integer.int_mm import int_mm
 
 # Below this many rows the fixed cost of a oneDNN call (about 30 us) exceeds what its fused epilogue saves.
 SMALL_ROWS = 8
+
+
+def _convolution(dimensions: int) -> Any:
+    """The operator of so many dimensions; before torch 2.7 each had a name of its own."""
+    names = ("qconv_pointwise", f"qconv{dimensions}d_pointwise")
+    found = next((name for name in names if hasattr(torch.ops.onednn, name)), None)
+    return None if found is None else getattr(torch.ops.onednn, found).default
+
+
+CONVOLUTIONS = {dimensions: _convolution(dimensions) for dimensions in (1, 2, 3)}
+"""oneDNN's int8 convolutions by number of dimensions; ``None`` where torch was built without."""
 
 
 @functools.lru_cache(maxsize=1)

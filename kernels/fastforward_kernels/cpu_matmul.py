@@ -244,7 +244,10 @@ def int8_conv(
 
 
 def _qconv(*args: Any) -> Tensor:
-    y: Tensor = torch.ops.onednn.qconv_pointwise(*args)
+    operators = torch.ops.onednn
+    # Before torch 2.7 each number of dimensions had an operator of its own.
+    name = "qconv_pointwise" if hasattr(operators, "qconv_pointwise") else f"qconv{args[0].dim() - 2}d_pointwise"
+    y: Tensor = getattr(operators, name)(*args)
     return y
 
 
