@@ -11,6 +11,7 @@ import warnings
 import weakref
 
 import torch
+from fastforward_kernels import memory
 from torch import Tensor
 
 from fastforward.nn.quantizer import Quantizer
@@ -60,7 +61,7 @@ def round_products(x: Tensor, factor: Tensor, grid: Grid) -> Tensor:
     """Return ``x * factor`` on a grid, for contiguous float32 ``x`` and one factor per element of its last axis."""
     scale, zero_point, quant_min, quant_max = grid
     inverse, code, step = scale.reciprocal().item(), round(zero_point.item()), scale.item()
-    rows, out = x.view(-1, x.shape[-1]), torch.empty_like(x)
+    rows, out = x.view(-1, x.shape[-1]), memory.empty_like(x)
     count = max(1, _BLOCK // x.shape[-1])
     for source, target in zip(rows.split(count), out.view(rows.shape).split(count), strict=True):
         torch.mul(source, factor, out=target).mul_(inverse).round_()
