@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforward_kernels import cpu, cpu_fake_quantize, cpu_gradients, gradients, reference, tiling
+from fastforward_kernels import cpu, cpu_fake_quantize, cpu_gradients, gradients, reference, tiling, transforms
 from fastforward_kernels.library import define
 
 GRID = "Tensor scale, Tensor zero_point, int qmin, int qmax, int[] tile"
@@ -179,6 +179,8 @@ def fake_quantize_tiles(
 def _fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, tile: list[int], gradient_scale: float
 ) -> Tensor:
+    if transforms.active():
+        return transforms.fake_quantize(x, scale, zero_point, qmin, qmax, tile, gradient_scale)
     if x.is_cuda and x.requires_grad and not (scale.requires_grad or zero_point.requires_grad):
         kept: Tensor = FAKE_QUANTIZE_WITH_MASK(x, scale, zero_point, qmin, qmax, tile)[0]
         return kept  # keeps 1 bit an element for backward
