@@ -1,5 +1,6 @@
 """Observers that follow the smallest and largest value: overall, by moving average, by mean of batches."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -28,8 +29,7 @@ class _Extrema(Observer):
         low, high = extrema_of(x, self)
         if low.dtype != torch.float32:
             low, high = low.to(torch.float32), high.to(torch.float32)
-        if not low.is_cuda:  # there, looking would wait for the GPU at every step: compute_range looks
-            self.require_finite(low, high)  # NaN survives amin and amax, so the few extrema tell about all values
+        self.check(low, high)
         shape = self.low.shape
         if shape == (0,):
             self.start(low, high)
@@ -37,6 +37,11 @@ class _Extrema(Observer):
         if low.shape != shape:
             low, high = self.share_rows(low, high)
         self.follow(low, high)
+
+    def check(self, low: Tensor, high: Tensor) -> None:
+        """Raise CalibrationError for NaN or infinity in the extrema of a batch."""
+        if not low.is_cuda:  # there, looking would wait for the GPU at every step: compute_range looks
+            self.require_finite(low, high)  # NaN survives amin and amax, so the few extrema tell about all values
 
     def start(self, low: Tensor, high: Tensor) -> None:
         """Take the first batch; copies, because a reduction over no axis is the data itself."""
@@ -94,11 +99,20 @@ class MovingAverageMinMax(_Extrema):
             raise ValueError(msg)
         self.momentum = momentum
 
+    def check(self, low: Tensor, high: Tensor) -> None:
+        """Nothing yet: a process that raises here would leave the others waiting for its extrema."""
+
+    def agreed(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The extrema over all processes; all raise if one of them saw NaN or infinity."""
+        low, high = extrema_of_all_processes(low, high)
+        super().check(low, high)
+        return low, high
+
     def start(self, low: Tensor, high: Tensor) -> None:
-        super().start(*extrema_of_all_processes(low, high))
+        super().start(*self.agreed(low, high))
 
     def follow(self, low: Tensor, high: Tensor) -> None:
-        low, high = extrema_of_all_processes(low, high)
+        low, high = self.agreed(low, high)
         self.low = torch.lerp(self.low, low, self.momentum)
         self.high = torch.lerp(self.high, high, self.momentum)
 
@@ -166,9 +180,12 @@ def forget_latest() -> None:
 
 
 def extrema_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the extrema over all processes of ``torch.distributed``, in one collective; as they are without it."""
+    """Return the extrema over all processes of ``torch.distributed``, in one collective; as they are without it.
+
+    NaN in one of them makes the result infinite: whether a maximum keeps NaN depends on the backend.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return low, high
-    both = torch.stack([-low, high])
+    both = torch.stack([-low, high]).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)
     return -both[0], both[1]

@@ -6,6 +6,7 @@ import torch.distributed
 import torch.multiprocessing
 
 import fastforward as ff
+from fastforward.exceptions import CalibrationError
 from fastforward.nn import LinearQuantizer
 from fastforward.quantization.granularity import PerChannel
 
@@ -42,11 +43,24 @@ def unseen_on_one_rank(rank):
     return quantizers["first"].scale
 
 
+def bad_on_one_rank(rank):
+    """What every rank says about a NaN that one of them saw."""
+    quantizer = LinearQuantizer(8)
+    try:
+        with ff.estimate_ranges(quantizer, ff.observers.MovingAverageMinMax):
+            quantizer(torch.ones(2))
+            quantizer(torch.tensor([1.0, float("nan") if rank == 0 else 2.0]))
+    except CalibrationError as error:
+        return str(error)
+    return "nothing"
+
+
 def work(rank, rendezvous, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
         results = {name: ranges(name, [parts[rank] for parts in batches()]) for name in OBSERVERS}
         results["unseen"] = [unseen_on_one_rank(rank)]
+        results["bad"] = bad_on_one_rank(rank)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -67,3 +81,4 @@ def test_two_processes_equal_one(tmp_path):
             else:
                 assert torch.equal(got, want), name
     assert torch.equal(first["unseen"][0], second["unseen"][0])
+    assert "NaN or infinity" in first["bad"] and "NaN or infinity" in second["bad"], "no process waits for ever"
