@@ -12,6 +12,7 @@ from typing import Any
 
 from fastforward.autoquant.imports import Imports, dotted, is_builtin
 from fastforward.autoquant.source import FunctionNode
+from fastforward.exceptions import AutoquantError
 
 _FUTURE_ANNOTATIONS = __import__("__future__").annotations.compiler_flag
 
@@ -135,6 +136,9 @@ def kept_decorators(node: Any, outer: Any) -> list[ast.expr]:
 
     A decorator that returned the function itself (it only documents or registers it) has done its work already. What a
     base class's ``__init_subclass__`` wraps around the methods of its subclasses is no decorator.
+
+    Raises:
+        AutoquantError: Something else, such as a decorator of the class, has wrapped the method: text cannot repeat that.
     """
     wrappers = []
     current = outer
@@ -144,6 +148,10 @@ def kept_decorators(node: Any, outer: Any) -> list[ast.expr]:
         current = current.__wrapped__
     if not wrappers:
         return []
+    if not node.decorator_list:
+        code = wrappers[0].__code__
+        msg = f"{code.co_filename}:{code.co_firstlineno}: wraps {node.name} from outside and cannot be written as text"
+        raise AutoquantError(msg)
     origins = {_origin(wrapper) for wrapper in wrappers}
     named = [decorator for decorator in node.decorator_list if _decorator_name(decorator) in origins]
     return named if len(named) == len(wrappers) else list(node.decorator_list)

@@ -204,6 +204,41 @@ def test_what_a_base_class_wraps_around_methods_is_no_decorator() -> None:
     assert torch.equal(model(torch.ones(2)), torch.full((2,), 2.0))
 
 
+def replacing_forward(cls):
+    forward = cls.forward
+
+    @functools.wraps(forward)
+    def doubled(self, x):
+        return 2 * forward(self, x)
+
+    cls.forward = doubled
+    return cls
+
+
+@replacing_forward
+class Replaced(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Replaced()
+
+    def forward(self, x):
+        return self.inner(x) * 3
+
+
+def test_a_class_whose_method_a_class_decorator_has_wrapped_is_left_out() -> None:
+    with pytest.warns(QuantizationWarning, match="Replaced is left out: .*wraps forward from outside"):
+        generated = ff.autoquantize(Outer(), auto_import=True, code_writer=BasicCodeWriter("replaced"))
+    model = ff.quantize_model(Outer(), extra_conversion={Outer: generated.pymodule.QuantizedOuter})
+    assert torch.equal(model(torch.ones(2)), torch.full((2,), 12.0))
+    with pytest.raises(AutoquantError, match="from outside"):
+        ff.autoquantize(Replaced())
+
+
 # ------------------------------------------------------------------ evidence
 def test_evidence_removes_sites_that_saw_no_floating_tensor() -> None:
     without = ff.autoquantize(Mixed()).code
