@@ -138,7 +138,7 @@ def kept_decorators(node: Any, outer: Any) -> list[ast.expr]:
     base class's ``__init_subclass__`` wraps around the methods of its subclasses is no decorator.
 
     Raises:
-        AutoquantError: Something else, such as a decorator of the class, has wrapped the method: text cannot repeat that.
+        AutoquantError: Something else, such as a decorator of the class, has wrapped the method; text cannot repeat it.
     """
     wrappers = []
     current = outer
