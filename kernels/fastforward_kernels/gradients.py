@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from fastforward_kernels import cpu_fake_quantize, reference_matmul
+from fastforward_kernels import cpu_fake_quantize, reference, reference_matmul
 from fastforward_kernels.library import LIBRARY, NAMESPACE
 
 Operator = Callable[..., Any]
@@ -24,6 +24,10 @@ def register(
     forward: Any, backward: Operator, lsq_backward: Operator, zero_clipped: Operator, apply_mask: Operator
 ) -> None:
     """Attach gradients to the differentiable operators, which are made of these."""
+    backward = _differentiable(backward, reference.fake_quantize_backward)
+    lsq_backward = _differentiable(lsq_backward, reference.fake_quantize_lsq_backward)
+    zero_clipped = _differentiable(zero_clipped, reference.zero_clipped)
+    apply_mask = _differentiable(apply_mask, reference.apply_mask)
     kernel = _autograd_kernel(forward, backward, lsq_backward, zero_clipped)
     LIBRARY.impl("fake_quantize", kernel, "Autograd", with_keyset=True)
 
@@ -38,6 +42,19 @@ def register(
 
     _register("fake_quantize_with_mask", masked, _keep_mask)
     _register("fake_quantize_float8", float8, _keep_float8)
+
+
+def _differentiable(operator: Operator, in_plain_torch: Operator) -> Operator:
+    """Let a gradient that is differentiated itself (``create_graph=True``) be computed by what autograd knows."""
+
+    def choose(grad: Tensor, *others: Any) -> Any:
+        return (in_plain_torch if _wants_graph(grad) else operator)(grad, *others)
+
+    return choose
+
+
+def _wants_graph(grad: Tensor) -> bool:
+    return grad.requires_grad and torch.is_grad_enabled()
 
 
 def register_weight_only() -> None:
@@ -82,7 +99,7 @@ def _autograd_kernel(
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             grad, (clipped,) = grads[0], ctx.saved_tensors
-            if type(grad) is Tensor and type(clipped) is Tensor:  # nobody is tracing
+            if type(grad) is Tensor and type(clipped) is Tensor and not _wants_graph(grad):  # nobody is tracing
                 with torch._C._AutoDispatchBelowAutograd():
                     return cpu_fake_quantize.zero_clipped(grad, clipped), None, None, None, None, None
             return zero_clipped(grad, clipped), None, None, None, None, None

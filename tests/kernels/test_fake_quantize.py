@@ -285,3 +285,17 @@ def test_clipped_elements_get_no_gradient_in_any_layout(layout, single, monkeypa
         expected = reference.fake_quantize_backward(grad, x, scale, zero_point, -8, 7, [])
         assert torch.equal(cpu_fake_quantize.zero_clipped(grad, clipped), expected)
         assert torch.equal(reference.zero_clipped(grad, clipped), expected)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed grid", "learnt grid"])
+def test_gradients_can_be_differentiated(learns: bool) -> None:
+    """A penalty on the gradient, as in adversarial training: rounding passes the second derivative of what follows."""
+    torch.manual_seed(0)
+    scale, zero_point = torch.tensor(0.1, requires_grad=learns), torch.tensor(0, dtype=torch.int32)
+    x = torch.randn(4, 8, requires_grad=True)
+    y = ffk.fake_quantize(x, scale, zero_point, -8, 7)
+    (slope,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    inside = (y.detach() > -0.75) & (y.detach() < 0.65)
+    assert torch.allclose(curvature[inside], 6 * y.detach()[inside])
+    assert not curvature[(y.detach() == y.detach().min())].any()
