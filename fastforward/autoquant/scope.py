@@ -365,7 +365,7 @@ class Scope:
         known = self.memo.get(number, ())
         if known and known[-1][1] is callee and known[-1][2] is what:
             return
-        if not any(other is callee and instead == what for _, other, instead, _ in known):
+        if not any(other == callee and instead == what for _, other, instead, _ in known):
             self.memo[number] = (*known, (how, callee, what, child))
 
     def child(self, number: int, function: Any) -> "Scope | None":
@@ -482,7 +482,7 @@ class Scope:
 
     def _is_pending(self) -> bool:
         """Whether a loaded state holds quantizers for sites that no run has shown yet."""
-        return self.owner is not None and bool(self.owner.__dict__.get("_ff_pending"))
+        return self.owner is not None and len(self.owner.__dict__.get("_ff_pending", ())) > 0
 
 
 def _is_method(function: Any, callee: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion as Version
 
 import fastforward as ff
 from fastforward.exceptions import QuantizationError
@@ -78,11 +79,11 @@ def test_torch_compile_fullgraph(model: nn.Module) -> None:
     assert torch.equal(compiled(_x()), expected)
 
 
-def masked_by(mask: torch.Tensor):
-    def keep(x):
-        return x[mask]
+def chosen_by(places: torch.Tensor):
+    def choose(x):
+        return x[places]
 
-    return keep
+    return choose
 
 
 def scaled_by(factor):
@@ -102,6 +103,30 @@ def scripted(x):
     return x + 1
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x * x
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient
+
+
+class Squaring(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Square.apply(x)
+
+
+def test_calling_again_remembers_nothing_more() -> None:
+    model = ff.quantize_model(Squaring())
+    sizes = []
+    for _ in range(3):
+        model(torch.ones(2))
+        sizes.append([len(known) for known in model.__dict__["_ff_scopes"]["forward"].memo.values()])
+    assert sizes == [[1]] * 3
+
+
 class Base(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 3
@@ -114,10 +139,12 @@ class Callables(Base):
         super().__init__()
         self.steps = [doubled, torch.tanh, squared, torch.sigmoid, torch.Tensor.exp]
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         for step in self.steps:
             x = step(x)
-        for step in (doubled, masked_by(mask), self.halved):
+        for step in (doubled, chosen_by(places)):
+            x = step(x)
+        for step in (self.halved,):
             x = step(x)
         return super().forward(scripted(x))
 
@@ -128,8 +155,10 @@ class Callables(Base):
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("eager_first", [False, True])
 def test_a_compiled_model_calls_what_it_is_given_not_what_stood_there_before(live: bool, eager_first: bool) -> None:
+    if live and Version(torch.__version__) < Version("2.14"):
+        pytest.skip("older compilers cannot tell the name of a closure, and raise")
     torch._dynamo.reset()
-    inputs = [(torch.randn(4), torch.tensor(mask)) for mask in ([True, True, False, True], [False, True, True, False])]
+    inputs = [(torch.randn(4), torch.tensor(places)) for places in ([0, 1, 3], [2, 2, 0])]
     model = ff.quantize_model(Callables())
     if eager_first or live:
         model(*inputs[0])
@@ -137,9 +166,9 @@ def test_a_compiled_model_calls_what_it_is_given_not_what_stood_there_before(liv
         for name in model.own_quantizers():
             setattr(model, name, Scaled())
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    for x, mask in inputs:
-        assert torch.equal(compiled(x, mask), model(x, mask))
-        assert live != torch.equal(model(x, mask), Callables()(x, mask))
+    for x, places in inputs:
+        assert torch.equal(compiled(x, places), model(x, places))
+        assert live != torch.equal(model(x, places), Callables()(x, places))
 
 
 class Scaled(ff.nn.Quantizer):
@@ -151,12 +180,12 @@ def test_compiling_refuses_a_callee_that_no_eager_run_has_met_where_quantizers_s
     torch._dynamo.reset()
     model = ff.quantize_model(Callables())
     model.steps = [scaled_by(2)]
-    model(torch.ones(2), torch.tensor([True, False]))
+    model(torch.ones(2), torch.tensor([1, 0]))
     for name in model.own_quantizers():
         setattr(model, name, Scaled())
     model.steps = [scaled_by(3)]
     with pytest.raises(Exception, match="run the model once before compiling"):
-        torch.compile(model, fullgraph=True, backend="eager")(torch.ones(2), torch.tensor([True, False]))
+        torch.compile(model, fullgraph=True, backend="eager")(torch.ones(2), torch.tensor([1, 0]))
 
 
 PRODUCTS = {"matmul": torch.matmul}
