@@ -28,7 +28,7 @@ class Rounding:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Round ``x`` to the quantizer's grid."""
-        if self._stale() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._stale():  # a compiler cannot read version counters
             return type(self.quantizer).simulate(self.quantizer, x)
         if type(x) is Deferred:
             return x.rounded(self.grid)
