@@ -25,7 +25,7 @@ from fastforward.calibration.undo import Undo
 from fastforward.diagnostics.covering import Coverage, measure, unreached
 from fastforward.exceptions import CalibrationError, QuantizationError, QuantizationWarning
 from fastforward.nn.call_paths import share_unreached
-from fastforward.nn.conversion import dequantize_model, quantize_model
+from fastforward.nn.conversion import dequantize_model, integer_layers, quantize_model
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer, QuantizerStub
@@ -99,7 +99,7 @@ def quantize(
             if progress:
                 print(_summary(model, batches, never).summary(chosen.name))
     except BaseException:
-        if not _holds_integers(model):  # once it does the float weights are gone: it stays an integer model
+        if not integer_layers(model):  # once it does the float weights are gone: it stays an integer model
             undo.roll_back()
         raise
     _warn_unreached(never)
@@ -267,10 +267,6 @@ def _convert(model: torch.nn.Module, batches: Batches) -> None:
     from fastforward.integer import convert
 
     convert(model, example_inputs=batches.first)
-
-
-def _holds_integers(model: torch.nn.Module) -> bool:
-    return any(getattr(module, "holds_integers", False) for module in model.modules())
 
 
 def _warn_unreached(sites: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from fastforward.integer.islands import speed_up
 from fastforward.integer.linear import IntegerLinear
 from fastforward.integer.recurrent import IntegerRecurrent
 from fastforward.integer.shortcuts import take_shortcuts
+from fastforward.nn.conversion import integer_layers
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
 
@@ -95,8 +96,7 @@ def require_calibrated(model: torch.nn.Module) -> None:
         )
         raise CalibrationError(msg)
     if not active:
-        done = any(getattr(module, "holds_integers", False) for module in model.modules())
-        what = "is integer already" if done else "has no quantizers"
+        what = "is integer already" if integer_layers(model) else "has no quantizers"
         msg = f"nothing to convert: {type(model).__name__} {what}. Call ff.quantize(model, data) on a float model first"
         raise QuantizationError(msg)
 

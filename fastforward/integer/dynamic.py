@@ -7,7 +7,7 @@ import torch
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn
 from fastforward.integer.int_mm import int_mm
-from fastforward.integer.layer import become, output_from_json, output_to_json, successor
+from fastforward.integer.layer import become, output_from_json, output_to_json, require_shape, successor
 from fastforward.integer.weights import channel_sums, integer_weight, require_integer
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.linear import QuantizedLinear
@@ -179,10 +179,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
             StateError: The state belongs to a layer of another kind or shape.
         """
         new: IntegerDynamicLinear = successor(module, cls)
-        expected = (new.out_features, new.in_features)
-        if tuple(tensors["weight_int8"].shape) != expected or tensors["weight_int8"].dtype != torch.int8:
-            msg = f"it has a weight of shape {tuple(tensors['weight_int8'].shape)}, the model one of shape {expected}"
-            raise StateError(msg)
+        require_shape(tensors["weight_int8"], (new.out_features, new.in_features), "weight")
         if data["granularity"] not in _GRANULARITIES:
             msg = f"the state names granularity {data['granularity']!r}; known are {', '.join(_GRANULARITIES)}"
             raise StateError(msg)

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from fastforward.exceptions import StateError
-from fastforward.integer.layer import become, output_from_json, output_to_json, successor
+from fastforward.integer.layer import become, output_from_json, output_to_json, require_shape, successor
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from fastforward.nn.quantizer import Quantizer
@@ -64,10 +63,7 @@ class IntegerTable(torch.nn.Module):
             StateError: The state belongs to a layer of another kind or shape.
         """
         new: IntegerTable = successor(module, cls)
-        expected = (new.num_embeddings, new.embedding_dim)
-        if tuple(tensors["weight_int8"].shape) != expected or tensors["weight_int8"].dtype != torch.int8:
-            msg = f"it has a table of shape {tuple(tensors['weight_int8'].shape)}, the model one of shape {expected}"
-            raise StateError(msg)
+        require_shape(tensors["weight_int8"], (new.num_embeddings, new.embedding_dim), "table")
         dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[data["dtype"]]
         new.install(tensors["weight_int8"], tensors["weight_scale"], dtype, output_from_json(data["output"]))
         return new

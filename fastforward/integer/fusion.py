@@ -165,7 +165,7 @@ def _flatten(func: Any, input: Any, start_dim: int = 0, end_dim: int = -1) -> An
     shape = tuple(input._shape)
     start, end = start_dim % max(len(shape), 1), end_dim % max(len(shape), 1)
     merged = (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
-    return _move(input, lambda x: _contiguous(x).flatten(start_dim, end_dim), merged)
+    return _move(input, lambda x: x.flatten(start_dim, end_dim), merged)
 
 
 @rule(Tensor.view, Tensor.reshape, torch.reshape)
@@ -231,10 +231,6 @@ def _max_pool2d(
 
 def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value) * (2 // len(value))
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.contiguous()
 
 
 def _move(input: Any, move: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, strided: bool = False) -> Any:

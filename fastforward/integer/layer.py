@@ -118,10 +118,7 @@ class IntegerLayer(torch.nn.Module):
             StateError: The state belongs to a layer of another kind or shape.
         """
         new = successor(module, cls)
-        expected = new.weight_shape()
-        if tuple(tensors["weight_int8"].shape) != expected or tensors["weight_int8"].dtype != torch.int8:
-            msg = f"it has a weight of shape {tuple(tensors['weight_int8'].shape)}, the model one of shape {expected}"
-            raise StateError(msg)
+        require_shape(tensors["weight_int8"], new.weight_shape(), "weight")
         grid = Grid.from_json(data["grid"], tensors.get("inverse_smoothing"))
         bias = tensors.get("bias")
         new._parameters["bias"] = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
@@ -236,6 +233,13 @@ def successor(module: torch.nn.Module, cls: Any) -> Any:
     new.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
     become(new, cls)
     return new
+
+
+def require_shape(integers: torch.Tensor, expected: tuple[int, ...], what: str) -> None:
+    """Raise StateError unless a state's int8 tensor has the shape that the model has room for."""
+    if tuple(integers.shape) != expected or integers.dtype != torch.int8:
+        msg = f"it has a {what} of shape {tuple(integers.shape)}, the model one of shape {expected}"
+        raise StateError(msg)
 
 
 def output_to_json(quantizer: Quantizer | None) -> dict[str, Any] | None:

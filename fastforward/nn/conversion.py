@@ -100,8 +100,7 @@ def dequantize_model(model: torch.nn.Module) -> torch.nn.Module:
         QuantizationError: Parts of the model hold integers (:func:`fastforward.convert`): their float weights are
             gone. The model is unchanged.
     """
-    integer = [path for path, module in model.named_modules() if getattr(module, "holds_integers", False)]
-    if integer:
+    if integer := integer_layers(model):
         shown = ", ".join([path or type(model).__name__ for path in integer[:3]] + ["..."] * (len(integer) > 3))
         msg = (
             f"cannot go back to float: {len(integer)} layers hold integers ({shown}) "
@@ -112,6 +111,11 @@ def dequantize_model(model: torch.nn.Module) -> torch.nn.Module:
         if isinstance(module, QuantizedModule) and module.float_class is not None:
             _restore(module)
     return model
+
+
+def integer_layers(model: torch.nn.Module) -> list[str]:
+    """The paths of the layers of ``model`` that hold integers in place of float weights."""
+    return [path for path, module in model.named_modules() if getattr(module, "holds_integers", False)]
 
 
 def quantized(function: Callable[..., Any]) -> "QuantizedFunction":

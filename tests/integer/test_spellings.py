@@ -80,3 +80,24 @@ def test_results_of_linear_layers(spelling: Spelling) -> None:
 def test_results_of_convolutions(spelling: Spelling) -> None:
     torch.manual_seed(0)
     assert _same(nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 8, 8), spelling)
+
+
+IN_PLACE: list[nn.Module] = [nn.ReLU(inplace=True), nn.ReLU6(True), nn.SiLU(True), nn.Hardswish(True)]
+
+
+@pytest.mark.parametrize("module", IN_PLACE, ids=lambda module: type(module).__name__)
+def test_activations_in_place_change_what_they_are_given(module: nn.Module) -> None:
+    torch.manual_seed(0)
+
+    def activated(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        self.module(y)
+        return y * 1
+
+    example = torch.randn(2, 3, 8, 8)
+    model = simulated(Net(activated, layer=nn.Conv2d(3, 8, 3, padding=1), module=module), example)
+    with torch.no_grad():
+        expected = model(example)
+        ff.convert(model, backend="onednn")
+        found = [model(example) + 0 for _ in range(3)]
+    assert all(torch.allclose(y, expected, rtol=1e-3, atol=1e-3) for y in found)
