@@ -93,12 +93,14 @@ def test_compiled_without_graph_breaks(example, target, variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_call_is_at_least_as_accurate(example, dtype):
-    """ff.quantize with integers against the flow by hand, on the same models and data."""
-    seeds = range(20)
-    by_hand = [example.run(dtype, torch.uint8, seed=seed)[1] for seed in seeds]
-    in_one_call = [example.run_in_one_call(dtype, seed=seed)[1] for seed in seeds]
-    assert sum(in_one_call) >= sum(by_hand)
-    assert min(one - other for one, other in zip(in_one_call, by_hand, strict=True)) > -0.3, "chance, on each by itself"
+    """ff.quantize with integers against the flow by hand, on the same models and data: on every seed by itself.
+
+    The ways differ by 0.02 to 0.16 dB. On 256 rows chance alone is 0.1 dB, on 65,536 it is 0.01.
+    """
+    for seed in range(20):
+        _, by_hand = example.run(dtype, torch.uint8, seed=seed, rows=65536)
+        _, in_one_call = example.run_in_one_call(dtype, seed=seed, rows=65536)
+        assert in_one_call >= by_hand, seed
 
 
 @pytest.mark.parametrize("target", [torch.uint8, torch.float8_e4m3fn], ids=str)
