@@ -14,6 +14,7 @@ from torch import Tensor
 from fastforward.autoquant.annotation_watch import watching
 from fastforward.calibration.min_max import MinMax, forget_latest
 from fastforward.calibration.observer import Observer
+from fastforward.calibration.processes import failing_together, several
 from fastforward.exceptions import CalibrationError, QuantizationWarning
 from fastforward.nn.call_paths import share_unreached
 from fastforward.nn.quantizer import OverrideHandle, Quantizer
@@ -130,7 +131,7 @@ class RangeEstimation:
 
     def merge_processes(self) -> None:
         """Give every process of ``torch.distributed`` the observations of all, in one collective."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not several():
             return
         mine = {name: copy.deepcopy(site.observer).cpu() for name, site in self.sites.items()}
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -164,7 +165,7 @@ def estimate_ranges(
 
     Inside the block the quantizers pass tensors through as they are, so the model computes in float. If the block
     raises, ranges stay as they were. Under ``torch.distributed`` the observations of all processes are merged at the
-    end of the block, in one collective.
+    end of the block, in one collective; if the block raises in one process, it raises in all.
 
     Args:
         target: a model, a quantizer, several of either, or a mapping from names to quantizers. Stubs and quantizers
@@ -181,7 +182,8 @@ def estimate_ranges(
         The observed sites; ``.unseen`` and ``.observers`` say what happened.
 
     Raises:
-        CalibrationError: nothing to observe, no data, NaN or infinity, or a quantizer observed already.
+        CalibrationError: nothing to observe, no data, NaN or infinity, a quantizer observed already, or another process
+            has raised.
 
     Example:
         >>> import fastforward as ff
@@ -207,7 +209,7 @@ def estimate_ranges(
         raise CalibrationError(msg)
     estimation.attach()
     try:
-        with watching(target):
+        with failing_together(), watching(target):
             yield estimation
     finally:
         estimation.freeze()

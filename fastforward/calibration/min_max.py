@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fastforward.calibration.observer import Observer
+from fastforward.calibration.processes import several
 from fastforward.exceptions import CalibrationError
 from fastforward.quantization.granularity import Granularity, min_max
 
@@ -30,13 +31,19 @@ class _Extrema(Observer):
         if low.dtype != torch.float32:
             low, high = low.to(torch.float32), high.to(torch.float32)
         self.check(low, high)
-        shape = self._buffers["low"].shape  # past nn.Module's slow __getattr__, as wherever every batch comes by
+        shape = self.bounds()[0].shape
         if shape == (0,):
             self.start(low, high)
             return
         if low.shape != shape:
             low, high = self.share_rows(low, high)
         self.follow(low, high)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """``low`` and ``high``, past nn.Module's slow ``__getattr__``: every batch asks for them."""
+        low, high = self._buffers["low"], self._buffers["high"]
+        assert low is not None and high is not None
+        return low, high
 
     def check(self, low: Tensor, high: Tensor) -> None:
         """Raise CalibrationError for NaN or infinity in the extrema of a batch."""
@@ -71,7 +78,7 @@ class MinMax(_Extrema):
     """The smallest and largest value of all batches. Merging is exact, associative and commutative."""
 
     def follow(self, low: Tensor, high: Tensor) -> None:
-        own_low, own_high = self._buffers["low"], self._buffers["high"]
+        own_low, own_high = self.bounds()
         if low.numel() == 1 and not low.is_cuda and low.item() >= own_low.item() and high.item() <= own_high.item():
             return  # as for most batches; a look at two numbers takes less than two operators
         torch.minimum(own_low, low, out=own_low)
@@ -186,7 +193,7 @@ def extrema_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
 
     NaN in one of them makes the result infinite: whether a maximum keeps NaN depends on the backend.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not several():
         return low, high
     both = torch.stack([-low, high]).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)

@@ -55,12 +55,30 @@ def bad_on_one_rank(rank):
     return "nothing"
 
 
+def failing_on_one_rank(rank, failure, bad):
+    """What every rank raises when the data of one of them fails, and the scale that is left."""
+    quantizer = LinearQuantizer(8)
+    quantizer.quantization_range = (-1.0, 1.0)
+    before = quantizer.scale.clone()
+    try:
+        with ff.estimate_ranges(quantizer):
+            quantizer(torch.ones(2) * 5)
+            if rank == bad:
+                raise failure
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}", torch.equal(quantizer.scale, before)
+    return "nothing", False
+
+
 def work(rank, rendezvous, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
         results = {name: ranges(name, [parts[rank] for parts in batches()]) for name in OBSERVERS}
         results["unseen"] = [unseen_on_one_rank(rank)]
         results["bad"] = bad_on_one_rank(rank)
+        failures = [OSError("disk full"), KeyboardInterrupt("stop")]
+        results["failing"] = [failing_on_one_rank(rank, failure, bad) for failure in failures for bad in range(2)]
+        results["afterwards"] = ranges("MinMax", [parts[rank] for parts in batches()])
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -81,4 +99,12 @@ def test_two_processes_equal_one(tmp_path):
             else:
                 assert torch.equal(got, want), name
     assert torch.equal(first["unseen"][0], second["unseen"][0])
+    for case, own in enumerate(["OSError: disk full"] * 2 + ["KeyboardInterrupt: stop"] * 2):
+        bad = case % 2
+        (text, kept), (other, other_kept) = ((first, second)[rank]["failing"][case] for rank in (bad, 1 - bad))
+        assert text == own
+        assert other.startswith(f"CalibrationError: estimate_ranges: process {bad} raised {own}. No process has set")
+        assert kept and other_kept
+    for got, want in zip(first["afterwards"], first["MinMax"], strict=True):
+        assert torch.equal(got, want), "a calibration that failed leaves no trace in the next"
     assert "NaN or infinity" in first["bad"] and "NaN or infinity" in second["bad"], "no process waits for ever"
