@@ -18,6 +18,12 @@ from fastforward.nn.operands import quantize_parameter
 
 _FUSIBLE_AFTER_SUM = ("none", "relu")
 _MEMORY = {4: torch.channels_last, 5: torch.channels_last_3d}
+_WIDE = 64
+"""Input over weight, in elements, from which padding the input takes longer than the kernel's way with a zero point."""
+_FEW_CHANNELS = 4
+_MOST_PACKS = 4
+"""Input shapes of a layer for which packed weights are kept."""
+_ANY_SHAPE: tuple[int, tuple[int, ...]] = (0, ())
 
 
 class IntegerConv(IntegerLayer):
@@ -37,7 +43,7 @@ class IntegerConv(IntegerLayer):
     stride: tuple[int, ...]
     padding: Any
     dilation: tuple[int, ...]
-    _packs: dict[tuple[int, ...], torch.Tensor]
+    _packs: dict[tuple[int, tuple[int, ...]], torch.Tensor]
     _operands: portable.Operands | None
     _folded: Folded | None
     _sizes: dict[torch.Size, tuple[int, ...]]
@@ -82,12 +88,6 @@ class IntegerConv(IntegerLayer):
             y = self.output_quantizer(y)
         return y if batched else y.squeeze(0)
 
-    def codes(self, x: torch.Tensor) -> torch.Tensor:
-        codes = super().codes(x)
-        if codes.is_contiguous(memory_format=self._memory):
-            return codes
-        return codes.contiguous(memory_format=self._memory)
-
     def compute(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None
     ) -> torch.Tensor:
@@ -102,7 +102,7 @@ class IntegerConv(IntegerLayer):
             codes,
             self.grid.scale,
             point,
-            self._pack(point, padding),
+            self._pack(point, codes.shape),
             epilogue.scale,
             onednn._zeros(self.out_channels),
             bias,
@@ -139,7 +139,7 @@ class IntegerConv(IntegerLayer):
             codes,
             self.grid.scale,
             point,
-            self._pack(point, padding),
+            self._pack(point, codes.shape),
             epilogue.scale,
             onednn._zeros(self.out_channels),
             into,
@@ -167,17 +167,16 @@ class IntegerConv(IntegerLayer):
         """Codes, bias, zero point and padding for the kernel.
 
         For a zero point other than 0 the kernel sums the weight on every call. Without padding the bias can hold that
-        sum; padding by hand is cheaper than summing a weight that is larger than the input.
+        sum, so the input is padded beforehand, unless it is so large that this takes longer.
         """
         point, padding = self.grid.zero_point, self._paddings
-        if point == 0:
-            return codes, epilogue.bias, 0, padding
-        if any(padding):
-            if codes.numel() > self.weight_int8.numel() and not torch.compiler.is_compiling():
-                return codes, epilogue.bias, point, padding
-            around = [size for size in reversed(padding) for _ in range(2)]
-            codes, padding = torch.nn.functional.pad(codes, around, value=point), [0] * len(padding)
-        return codes, epilogue.compensated, 0, padding
+        if point == 0 or not any(padding):
+            bias = epilogue.bias if point == 0 else epilogue.compensated
+            return _laid_out(codes, self._memory), bias, 0, padding
+        wide = codes.numel() > _WIDE * self.weight_int8.numel() and codes.is_contiguous(memory_format=self._memory)
+        if wide and not torch.compiler.is_compiling():
+            return codes, epilogue.bias, point, padding
+        return _padded(codes, padding, point, self._memory), epilogue.compensated, 0, [0] * len(padding)
 
     def _portable(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
@@ -217,25 +216,37 @@ class IntegerConv(IntegerLayer):
         return list(self.padding)
 
     def _pack_ahead(self) -> None:
-        """Pack as traced programs will want it, because a compiler cannot pack while it traces."""
+        """Pack for any shape, because a compiler cannot pack while it traces."""
         if self._on_cpu:
-            self._pack(0, self._paddings if self.grid.zero_point == 0 else [0] * len(self._paddings))
+            self._packs[_ANY_SHAPE] = self._packed(0, None)
 
-    def _pack(self, zero_point: int, padding: list[int]) -> torch.Tensor:
-        key = (zero_point, *padding)
-        packed = self._packs.get(key)
-        if packed is None:
-            packed = self._packs[key] = torch.ops.onednn.qconv_prepack(
-                self.weight_int8,
-                torch.ones(self.out_channels),
-                self.grid.scale,
-                zero_point,
-                self._strides,
-                padding,
-                self._dilations,
-                self.groups,
-                None,
-            )
+    def _pack(self, zero_point: int, shape: torch.Size) -> torch.Tensor:
+        """The weight as oneDNN wants it for an input of this shape; kernels are slower on that of another shape."""
+        packed = self._packs.get((zero_point, shape))
+        if packed is not None:
+            return packed
+        if torch.compiler.is_compiling():
+            return next(pack for (point, _), pack in self._packs.items() if point == zero_point)
+        packed = self._packed(zero_point, list(shape))
+        kept = [key for key in self._packs if key[0] == zero_point]
+        if len(kept) == _MOST_PACKS or kept == [_ANY_SHAPE]:
+            del self._packs[kept[0]]
+        self._packs[zero_point, shape] = packed
+        return packed
+
+    def _packed(self, zero_point: int, shape: list[int] | None) -> torch.Tensor:
+        padding = [0] * len(self._paddings) if zero_point == 0 != self.grid.zero_point else self._paddings
+        packed: torch.Tensor = torch.ops.onednn.qconv_prepack(
+            self.weight_int8,
+            torch.ones(self.out_channels),
+            self.grid.scale,
+            zero_point,
+            self._strides,
+            padding,
+            self._dilations,
+            self.groups,
+            shape,
+        )
         return packed
 
     def _traced(self, input: torch.Tensor) -> torch.Tensor:
@@ -279,6 +290,36 @@ class IntegerConv2d(IntegerConv, torch.nn.Conv2d):  # type: ignore[override]
 
 class IntegerConv3d(IntegerConv, torch.nn.Conv3d):  # type: ignore[override]
     """``torch.nn.Conv3d`` with integer operands."""
+
+
+def _laid_out(codes: torch.Tensor, memory: torch.memory_format) -> torch.Tensor:
+    """``codes`` with channels innermost."""
+    if codes.is_contiguous(memory_format=memory):
+        return codes
+    if codes.shape[1] > _FEW_CHANNELS or torch.compiler.is_compiling():
+        return codes.contiguous(memory_format=memory)
+    return _by_channel(codes, torch.empty_like(codes, memory_format=memory))
+
+
+def _padded(codes: torch.Tensor, padding: list[int], value: int, memory: torch.memory_format) -> torch.Tensor:
+    """``codes`` with ``value`` around them and channels innermost."""
+    around = [size for size in reversed(padding) for _ in range(2)]
+    if codes.shape[1] > _FEW_CHANNELS or codes.is_contiguous(memory_format=memory) or torch.compiler.is_compiling():
+        return torch.nn.functional.pad(_laid_out(codes, memory), around, value=value)
+    sizes = [size + 2 * extra for size, extra in zip(codes.shape[2:], padding, strict=True)]
+    result = torch.empty((*codes.shape[:2], *sizes), dtype=torch.uint8, memory_format=memory).fill_(value)
+    inside = result
+    for axis, (extra, size) in enumerate(zip(padding, codes.shape[2:], strict=True), start=2):
+        inside = inside.narrow(axis, extra, size)
+    _by_channel(codes, inside)
+    return result
+
+
+def _by_channel(codes: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """Copy a channel at a time: torch's own copy would take the few channels of a pixel for its innermost loop."""
+    for source, target in zip(codes.unbind(1), into.unbind(1), strict=True):
+        target.copy_(source)
+    return into
 
 
 def require_kernel(layer: Any) -> None:

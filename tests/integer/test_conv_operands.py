@@ -75,3 +75,28 @@ def test_a_norm_put_back_into_training_uses_its_batch() -> None:
     model.bn.train()
     with torch.no_grad():
         assert model(example).mean().abs() < 1e-4
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("size", [6, 64])
+def test_padding_and_layout_of_the_input(layout: torch.memory_format, channels: int, size: int) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, channels, size, size).to(memory_format=layout)
+    conv = nn.Conv2d(channels, 8, (3, 5), padding=(1, 2))
+    model = simulated(Net(lambda self, x: self.conv(x), conv=conv), example)
+    expected = outputs(model, example)
+    ff.convert(model)
+    assert close(expected, outputs(model, example, runs=2))
+
+
+def test_weights_are_packed_for_the_shapes_that_arrive() -> None:
+    torch.manual_seed(0)
+    examples = [torch.rand(1, 4, size, size) for size in (6, 7, 8, 9, 10, 11)]
+    model = simulated(Net(lambda self, x: self.conv(x), conv=nn.Conv2d(4, 8, 3)), examples[0])
+    expected = [outputs(model, x) for x in examples]
+    ff.convert(model)
+    for x, y in zip(examples, expected, strict=True):
+        assert close(y, outputs(model, x))
+        assert (0, x.shape) in model.conv._packs
+    assert len(model.conv._packs) == 4  # those of the latest shapes, not of all
