@@ -94,17 +94,17 @@ class Deferred(torch.Tensor):
     torch would; or a parent from which a data-movement operator takes the values.
     """
 
-    _product: Product | None
-    _value: torch.Tensor | None
-    _parent: "Deferred | None"
-    _move: Callable[[torch.Tensor], torch.Tensor] | None
-    _codes: dict[int, tuple[Grid, torch.Tensor]] | None
-    _children: list["weakref.ref[Deferred]"] | None
-    _grid: Grid | None
-    _strided: bool
-    _shape: torch.Size
-    _dtype: torch.dtype | None
-    _device: torch.device
+    # Most of these keep their defaults: setting them all would double what an object costs.
+    _product: Product | None = None
+    _value: torch.Tensor | None = None
+    _parent: "Deferred | None" = None
+    _move: Callable[[torch.Tensor], torch.Tensor] | None = None
+    _codes: dict[int, tuple[Grid, torch.Tensor]] | None = None
+    _children: list["weakref.ref[Deferred]"] | None = None
+    _grid: Grid | None = None
+    _strided: bool = False
+    _shape: tuple[int, ...]
+    _dtype: torch.dtype
 
     @staticmethod
     def __new__(
@@ -113,29 +113,27 @@ class Deferred(torch.Tensor):
         shape: tuple[int, ...],
         *,
         value: torch.Tensor | None = None,
-        parent: "Deferred | None" = None,
-        move: Callable[[torch.Tensor], torch.Tensor] | None = None,
         dtype: torch.dtype | None = None,
-        grid: Grid | None = None,
-        strided: bool = False,
     ) -> "Deferred":
-        dtype = product.dtype if product is not None else dtype
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
-        self._product, self._value, self._parent, self._move = product, value, parent, move
-        self._codes = self._children = None
-        self._grid, self._strided = grid, strided
-        self._shape, self._dtype = torch.Size(shape), dtype
         if product is not None:
-            self._device = product.codes.device
-        elif parent is not None:
-            self._device = parent._device
+            self = _wrapper(shape, product.dtype)
+            self._product = product
         else:
             assert value is not None
-            self._device = value.device
+            self = _wrapper(shape, value.dtype if dtype is None else dtype)
+            self._value = value
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    @property
+    def _device(self) -> torch.device:
+        if self._parent is not None:
+            return self._parent._device
+        value = self._value if self._product is None else self._product.codes
+        assert value is not None
+        return value.device
 
     @property
     def pending(self) -> Product | None:
@@ -199,16 +197,26 @@ class Deferred(torch.Tensor):
 
         ``strided`` says that torch's own result would not be contiguous.
         """
-        strided = strided or self._strided
-        return self._remember(Deferred(None, shape, parent=self, move=move, dtype=self._dtype, strided=strided))
+        child = self._child(shape)
+        child._move = move
+        child._strided = strided or self._strided
+        return child
 
     def rounded(self, grid: Grid) -> "Deferred":
         """This tensor with its values on ``grid``: what a quantizer outside of an integer layer asks for."""
-        strided = self._strided
-        return self._remember(Deferred(None, self._shape, parent=self, dtype=self._dtype, grid=grid, strided=strided))
+        child = self._child(self._shape)
+        child._grid, child._strided = grid, self._strided
+        return child
+
+    def _child(self, shape: tuple[int, ...]) -> "Deferred":
+        child = _wrapper(shape, self._dtype)
+        child._parent = self
+        return self._remember(child)
 
     def _remember(self, child: "Deferred") -> "Deferred":
-        self._children = [*(self._children or ()), weakref.ref(child)]
+        if self._children is None:
+            self._children = []
+        self._children.append(weakref.ref(child))
         return child
 
     def settle(self) -> None:
@@ -256,6 +264,15 @@ class Deferred(torch.Tensor):
         return self.materialize().__reduce_ex__(protocol)
 
 
+def _wrapper(shape: tuple[int, ...], dtype: torch.dtype) -> Deferred:
+    """A deferred tensor without a source yet."""
+    self: Deferred = _make_wrapper(Deferred, shape, dtype=dtype)
+    self._shape, self._dtype = shape, dtype
+    return self
+
+
+_make_wrapper = torch.Tensor._make_wrapper_subclass
+
 RULES: dict[Any, Rule] = {}
 """What to do with a torch function: ``rule(func, *args, **kwargs)`` returns its result, or NotImplemented."""
 
@@ -277,21 +294,25 @@ def _keywords(rule: Rule) -> frozenset[str] | None:
 
 def call_with_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a torch function on computed values; an in-place operator keeps returning the object it was given."""
-    originals: dict[int, Deferred] = {}
-
-    def plain(x: Any) -> Any:
-        if type(x) is Deferred:
-            value = x.materialize()
-            originals[id(value)] = x
-            return value
-        if type(x) in (list, tuple):
-            return type(x)(plain(item) for item in x)
-        return x
-
     if args and type(args[0]) is Deferred and _in_place(func, kwargs):
         args[0].settle()
-    result = func(*(plain(arg) for arg in args), **{name: plain(arg) for name, arg in kwargs.items()})
+    originals: dict[int, Deferred] = {}
+    values = [_value_of(arg, originals) for arg in args]
+    named = {name: _value_of(arg, originals) for name, arg in kwargs.items()}
+    result = func(*values, **named)
     return originals.get(id(result), result) if isinstance(result, torch.Tensor) else result
+
+
+def _value_of(x: Any, originals: dict[int, Deferred]) -> Any:
+    """``x`` with its deferred tensors computed; ``originals`` learns which one each value came from."""
+    if type(x) is Deferred:
+        value = x.materialize()
+        originals[id(value)] = x
+        return value
+    # Not a closure: one that calls itself would keep every tensor of this call until garbage is collected.
+    if type(x) in (list, tuple):
+        return type(x)(_value_of(item, originals) for item in x)
+    return x
 
 
 def same(a: Grid, b: Grid) -> bool:

@@ -5,6 +5,7 @@ Each rule gets a torch function with its arguments and returns the result, or No
 activation, a batch normalization in scale and bias, an addition into the fresh result, a maximum over codes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from fastforward.integer.residual import plus
 
 F = torch.nn.functional
 Tensor = torch.Tensor
+_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 
 def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -25,6 +27,30 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         RULES.update({target: function for target in functions if target is not None})
+        return function
+
+    return register
+
+
+def method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated rule for the tensor method ``name``, called without torch's dispatch where nobody looks.
+
+    A program asks for shapes and views at every other line, and the way to ``__torch_function__`` costs more than the
+    answer. An active ``TorchFunctionMode`` still sees every call.
+    """
+    original = getattr(Tensor, name)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        RULES[original] = function
+
+        def direct(self: Deferred, *args: Any, **kwargs: Any) -> Any:
+            if not kwargs and not _mode_enabled():
+                result = function(original, self, *args)
+                if result is not NotImplemented:
+                    return result
+            return original(self, *args, **kwargs)
+
+        setattr(Deferred, name, functools.wraps(original)(direct))
         return function
 
     return register
@@ -144,7 +170,7 @@ def _add_(func: Any, input: Any, other: Any, *, alpha: float = 1) -> Any:
     total = _sum(input, other)
     if total is NotImplemented:
         return NotImplemented
-    return input.become(value=total._value)
+    return input.become(value=total._value if type(total) is Deferred else total)
 
 
 def _sum(owner: Any, addend: Any) -> Any:
@@ -156,11 +182,13 @@ def _sum(owner: Any, addend: Any) -> Any:
     if addend.requires_grad and torch.is_grad_enabled():
         return NotImplemented
     value = owner.pending.followed_by("add").floats().add_(addend.computed() if type(addend) is Deferred else addend)
-    return Deferred(None, owner._shape, value=value, dtype=owner._dtype)
+    # Nothing can be put off any more; a plain tensor spares what follows the way through Python's dispatch.
+    return value if value.is_contiguous() else Deferred(None, owner._shape, value=value, dtype=owner._dtype)
 
 
 # ---------------------------------------------------------------- data movement
-@rule(torch.flatten, Tensor.flatten)
+@method("flatten")
+@rule(torch.flatten)
 def _flatten(func: Any, input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     shape = tuple(input._shape)
     start, end = start_dim % max(len(shape), 1), end_dim % max(len(shape), 1)
@@ -168,7 +196,9 @@ def _flatten(func: Any, input: Any, start_dim: int = 0, end_dim: int = -1) -> An
     return _move(input, lambda x: x.flatten(start_dim, end_dim), merged)
 
 
-@rule(Tensor.view, Tensor.reshape, torch.reshape)
+@method("view")
+@method("reshape")
+@rule(torch.reshape)
 def _reshape(func: Any, input: Any, *shape: Any) -> Any:
     if len(shape) == 1 and isinstance(shape[0], Sequence):
         shape = tuple(shape[0])
@@ -183,7 +213,8 @@ def _reshape(func: Any, input: Any, *shape: Any) -> Any:
     return _move(input, lambda x: x.reshape(full), full)
 
 
-@rule(Tensor.transpose, torch.transpose, Tensor.swapaxes)
+@method("transpose")
+@rule(torch.transpose, Tensor.swapaxes)
 def _transpose(func: Any, input: Any, dim0: int, dim1: int) -> Any:
     if type(input) is not Deferred or type(dim0) is not int:
         return NotImplemented
@@ -192,7 +223,8 @@ def _transpose(func: Any, input: Any, dim0: int, dim1: int) -> Any:
     return _move(input, lambda x: x.permute(order), tuple(input._shape[dim] for dim in order), strided=True)
 
 
-@rule(Tensor.permute, torch.permute)
+@method("permute")
+@rule(torch.permute)
 def _permute(func: Any, input: Any, *dims: Any) -> Any:
     order = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else list(dims)
     if type(input) is not Deferred or not all(type(dim) is int for dim in order):
@@ -266,11 +298,14 @@ def _any_layout(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 # ---------------------------------------------------------------- questions that need no values
 def _answer(name: str, answer: Callable[[Deferred], Any]) -> None:
-    """Answer the attribute ``name`` from what is remembered: a program asks for shapes at every other line."""
-    RULES[getattr(Tensor, name).__get__] = lambda func, x, *_: answer(x)
+    """Answer the attribute ``name`` from what is remembered."""
+    original = getattr(Tensor, name)
+    RULES[original.__get__] = lambda func, x, *_: answer(x)
+    if name != "requires_grad":  # which can be set as well
+        setattr(Deferred, name, property(lambda x: original.__get__(x) if _mode_enabled() else answer(x)))
 
 
-_answer("shape", lambda x: x._shape)
+_answer("shape", lambda x: torch.Size(x._shape))
 _answer("dtype", lambda x: x._dtype)
 _answer("ndim", lambda x: len(x._shape))
 _answer("device", lambda x: x._device)
@@ -279,27 +314,30 @@ _answer("layout", lambda x: torch.strided)
 _answer("requires_grad", lambda x: False)
 
 
-@rule(Tensor.size)
+@method("size")
 def _size(func: Any, input: Any, dim: int | None = None) -> Any:
-    return input._shape if dim is None else input._shape[dim]
+    return torch.Size(input._shape) if dim is None else input._shape[dim]
 
 
-@rule(Tensor.dim, Tensor.ndimension)
+@method("dim")
+@rule(Tensor.ndimension)
 def _dim(func: Any, input: Any) -> int:
     return len(input._shape)
 
 
-@rule(Tensor.__len__)
+@method("__len__")
 def _len(func: Any, input: Any) -> int:
     return int(input._shape[0]) if input._shape else NotImplemented
 
 
-@rule(Tensor.numel, Tensor.nelement, torch.numel)
+@method("numel")
+@rule(Tensor.nelement, torch.numel)
 def _numel(func: Any, input: Any) -> int:
     return math.prod(input._shape)
 
 
-@rule(Tensor.is_floating_point, torch.is_floating_point)
+@method("is_floating_point")
+@rule(torch.is_floating_point)
 def _is_floating_point(func: Any, input: Any) -> bool:
     return True
 

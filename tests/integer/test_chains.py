@@ -1,6 +1,9 @@
 """Integers flow from layer to layer, and user code sees ordinary tensors."""
 
 import copy
+import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +97,49 @@ def test_a_residual_is_added_into_the_fresh_result() -> None:
     assert _equal_up_to_a_step(expected, outputs(model, example, runs=3))
     assert torch.equal(example, before), "the other addend is not touched"
     assert _links(model)["b"] == ("uint8", "float32", ("add",))
+
+
+def test_a_result_lives_no_longer_than_it_is_used() -> None:
+    torch.manual_seed(0)
+    example = torch.randn(8, 32)
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(self: Net, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        kept.append(weakref.ref(y))
+        return torch.stack([torch.cat([y, y]).sum(), y.exp().sum()])
+
+    model = ff.convert(simulated(Net(forward, a=nn.Linear(32, 32)), example))
+    gc.collect()
+    gc.disable()
+    try:
+        outputs(model, example)
+    finally:
+        gc.enable()
+    assert all(reference() is None for reference in kept), "a reference cycle keeps the memory of results"
+
+
+def test_torch_function_modes_see_what_is_asked_of_a_deferred_result() -> None:
+    torch.manual_seed(0)
+    example = torch.randn(8, 32)
+    seen: list[str] = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if args and type(args[0]) is Deferred:
+                seen.append(func.__self__.__name__ if func.__name__ == "__get__" else func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def forward(self: Net, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return self.b(y.view(y.shape[0], 2, -1).transpose(0, 1).flatten(1).view(*y.size()))
+
+    model = simulated(Net(forward, a=nn.Linear(32, 32), b=nn.Linear(32, 16)), example)
+    expected = outputs(model, example)
+    ff.convert(model)
+    with Watch():
+        assert _equal_up_to_a_step(expected, outputs(model, example))
+    assert {"view", "transpose", "flatten", "size", "shape"} <= set(seen)
 
 
 def test_a_result_used_twice_is_right_both_times() -> None:
