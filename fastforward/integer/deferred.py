@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
-from fastforward.integer.grid import Grid
+from fastforward.integer.grid import Grid, in_blocks, joined
 
 if TYPE_CHECKING:
     from fastforward.integer.layer import IntegerLayer
 
 Rule = Callable[..., Any]
-BLOCK_ROWS = 256
-"""Rows of an intermediate result in floats: with 1,536 channels it takes 1.5 MB, which stays in a core's cache."""
 
 
 class Product:
@@ -65,21 +63,13 @@ class Product:
         return y if y.dtype == self.dtype else y.to(self.dtype)
 
     def smoothed(self, grid: Grid) -> torch.Tensor:
-        """Compute as codes on a grid whose channels are scaled first, a block of rows at a time.
-
-        No kernel scales channels before it rounds; but blocks of floats that stay in the cache cost little.
-        """
+        """Compute as codes on a grid whose channels are scaled first: no kernel does that before it rounds."""
         self.layer.used_as_codes(self.fused)
-        if self.codes.numel() <= BLOCK_ROWS * self.codes.shape[-1]:
-            return grid.codes_in_place(self.layer.compute(self.codes, self.epilogue, self.activation))
         rows = self.codes.reshape(-1, self.codes.shape[-1])
-        codes = torch.cat(
-            [
-                grid.codes_in_place(self.layer.compute(block, self.epilogue, self.activation))
-                for block in rows.split(BLOCK_ROWS)
-            ]
-        )
-        return codes.view(*self.codes.shape[:-1], codes.shape[-1])
+        blocks = [
+            grid.codes_in_place(self.layer.compute(block, self.epilogue, self.activation)) for block in in_blocks(rows)
+        ]
+        return joined(blocks).view(*self.codes.shape[:-1], -1)
 
     def on_grid(self, grid: Grid) -> torch.Tensor:
         """Compute as uint8 codes."""
@@ -182,6 +172,13 @@ class Deferred(torch.Tensor):
             return self._move(self._parent.codes(grid))
         assert self._product is not None
         return self._product.smoothed(grid) if grid.inverse_smoothing is not None else self._product.on_grid(grid)
+
+    def along(self, values: torch.Tensor) -> torch.Tensor:
+        """What the data movement between its source and this tensor makes of ``values`` in the source's place."""
+        if self._parent is None:
+            return values
+        values = self._parent.along(values)
+        return values if self._move is None else self._move(values)
 
     def floats_wanted(self) -> bool:
         """Whether floats exist, or were wanted by earlier calls, so that rounding them saves a second product."""

@@ -12,7 +12,8 @@ from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 
 LEVELS = 256
-_BLOCK_ROWS = 256
+_BLOCK = 1 << 21
+"""Values of an intermediate result in floats: allocators keep 8 MB for the next one and map larger memory anew."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -28,6 +29,7 @@ class Grid:
         inverse_smoothing: ``None``, or what the channels of the input are multiplied by before they are quantized,
             float32, broadcasting against the input.
         shared: Whether several layers use this grid, so that the codes of one value are kept for the next of them.
+        scores_fit: Whether exponentials of the scores of queries on this grid have stayed in float32's range so far.
     """
 
     scale: float
@@ -35,6 +37,7 @@ class Grid:
     highest: int = LEVELS - 1
     inverse_smoothing: torch.Tensor | None = None
     shared: bool = False
+    scores_fit: bool = True
     _last: tuple[Any, int, torch.Tensor] | None = None
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,13 +65,11 @@ class Grid:
         return self._rounded(x if self.inverse_smoothing is None else x.mul_(self.inverse_smoothing))
 
     def _smoothed(self, x: torch.Tensor) -> torch.Tensor:
-        """Codes of the scaled channels of ``x``, a block of rows at a time so that the product stays in the cache."""
+        """Codes of the scaled channels of ``x``."""
         factor = self.inverse_smoothing
         assert factor is not None
-        if x.numel() <= _BLOCK_ROWS * x.shape[-1]:
-            return self._rounded(representable(x * factor, self.scale))
-        rows = (block * factor for block in x.reshape(-1, x.shape[-1]).split(_BLOCK_ROWS))
-        return torch.cat([self._rounded(representable(block, self.scale)) for block in rows]).view(x.shape)
+        blocks = in_blocks(x.reshape(-1, x.shape[-1]))
+        return joined([self._rounded(representable(block * factor, self.scale)) for block in blocks]).view(x.shape)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         codes = quantize_uint8(x, self.scale, self.zero_point)
@@ -143,6 +144,19 @@ def grid_of(quantizer: Quantizer, smoothing: torch.Tensor | None = None) -> Grid
     # The affine formula divides in float32, so the reciprocal must be that of the float32 scale.
     inverse = None if smoothing is None else 1.0 / smoothing.detach().float()
     return Grid(float(quantizer.scale.detach().item()), zero_point, quantizer.quant_max - lowest, inverse)
+
+
+def in_blocks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``[rows, channels]`` as blocks of rows for which intermediate results stay small."""
+    if rows.numel() <= _BLOCK:
+        return (rows,)
+    blocks: tuple[torch.Tensor, ...] = rows.split(max(1, _BLOCK // rows.shape[-1]))
+    return blocks
+
+
+def joined(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """The inverse of :func:`in_blocks`."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:

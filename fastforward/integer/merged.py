@@ -31,6 +31,9 @@ class Merged:
         )
         self.epilogue = Epilogue(scale, None, compensated, factor)
         self.sizes = [layer.out_features for layer in layers]
+        self.zero_points = torch.cat(
+            [torch.full((size,), float(grid.zero_point)) for size, grid in zip(self.sizes, grids, strict=True)]
+        )
 
     def fits(self, layers: Sequence[IntegerLinear], grids: Sequence[Grid]) -> bool:
         """Whether this is the product for ``layers``, as they are now, and ``grids``."""
@@ -40,34 +43,36 @@ class Merged:
             and _identical(self.epilogues, [layer.epilogue for layer in layers])
         )
 
-    def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The codes of every layer's result, views of one tensor ``[..., sum of features]``."""
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The codes of all layers' results side by side, ``[..., sum of features]``."""
         scale = self.layers[0].grid.scale
-        together = onednn.linear_onednn(x, scale, self.packed, self.epilogue, NO_ACTIVATION, UNIT)
-        results: tuple[torch.Tensor, ...] = together.split(self.sizes, -1)
-        return results
+        return onednn.linear_onednn(x, scale, self.packed, self.epilogue, NO_ACTIVATION, UNIT)
 
 
-def compute_together(operands: Sequence[Deferred]) -> None:
+def compute_together(operands: Sequence[Deferred]) -> tuple[Merged, torch.Tensor] | None:
     """Compute what ``operands``, deferred results on grids, come from in one product, if they can be.
 
-    Afterwards each asks its own source for its codes, as it would anyway, and finds them there.
+    Returns:
+        The product and the codes of all results side by side; ``None`` if nothing was computed. Each operand that asks
+        its own source for its codes afterwards finds them there.
     """
     sources = [_source(x) for x in operands]
     products = [source.pending for source in sources]
     if not all(_mergeable(product) for product in products):
-        return
+        return None
     known = [product for product in products if product is not None]
     layers = [product.layer for product in known if isinstance(product.layer, IntegerLinear)]
     grids = [x._grid for x in operands if x._grid is not None and x._grid.highest == LEVELS - 1]
-    together = len(set(map(id, layers))) == len(grids) == len(operands) and len({id(p.codes) for p in known}) == 1
+    mergeable = len(set(map(id, layers))) == len(grids) == len(operands) and len({id(p.codes) for p in known}) == 1
     rows = known[0].codes.numel() // known[0].codes.shape[-1]
-    if not together or not all(layer.kernel_for(rows, to_codes=True) == "onednn" for layer in layers):
-        return
-    results = _merged(layers, grids).codes(known[0].codes)
-    for source, product, grid, codes in zip(sources, known, grids, results, strict=True):
+    if not mergeable or not all(layer.kernel_for(rows, to_codes=True) == "onednn" for layer in layers):
+        return None
+    merged = _merged(layers, grids)
+    together = merged.codes(known[0].codes)
+    for source, product, grid, codes in zip(sources, known, grids, together.split(merged.sizes, -1), strict=True):
         product.layer.used_as_codes((*product.fused, "merged"))
         source._codes = {id(grid): (grid, codes)}
+    return merged, together
 
 
 def _merged(layers: Sequence[IntegerLinear], grids: Sequence[Grid]) -> Merged:

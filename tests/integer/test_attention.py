@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastforward as ff
+from fastforward.integer import attention
 from fastforward.integer.merged import Merged
 
 nn = torch.nn
@@ -40,6 +41,7 @@ def _sqnr(expected: torch.Tensor, y: torch.Tensor) -> float:
     return float(10 * torch.log10(expected.square().sum() / (expected - y).square().sum()))
 
 
+@pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
@@ -51,7 +53,10 @@ def _sqnr(expected: torch.Tensor, y: torch.Tensor) -> float:
     ],
     ids=["plain", "causal", "scale", "boolean mask", "additive mask"],
 )
-def test_every_form_equals_the_simulation(options: dict[str, Any]) -> None:
+def test_every_form_equals_the_simulation(
+    options: dict[str, Any], by_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_LEAST_SCORES", 0 if by_blocks else 1 << 40)
     torch.manual_seed(0)
     x = torch.randn(3, ROWS, WIDTH)
     model, expected = _converted(Attention(**options), x)
@@ -71,7 +76,8 @@ def test_merged_codes_are_those_of_each_layer() -> None:
         model(x)
     merged = model.q.__dict__["_merged"]
     codes = model.q.codes(x)
-    for layer, grid, together in zip(merged.layers, merged.grids, merged.codes(codes), strict=True):
+    parts = merged.codes(codes).split(WIDTH, -1)
+    for layer, grid, together in zip(merged.layers, merged.grids, parts, strict=True):
         alone = layer.compute(codes, layer.epilogue, out=grid)
         assert torch.equal(alone, together)
 
@@ -96,3 +102,49 @@ def test_moving_a_layer_merges_anew() -> None:
         assert torch.equal(model(x), before)
     assert isinstance(first, Merged)
     assert model.q.__dict__["_merged"] is not first
+
+
+MASKS = {
+    "none": None,
+    "padding": (torch.arange(40) < 25).expand(2, 1, 1, 40),
+    "boolean": torch.arange(40) <= torch.arange(30)[:, None] + 10,
+    "additive": torch.linspace(-3, 3, 2 * 3 * 30 * 40).view(2, 3, 30, 40),
+    "finite minimum": torch.where(torch.arange(40) < 25, 0.0, torch.finfo(torch.float32).min)[None],
+}
+
+
+@pytest.mark.parametrize("block", [1 << 18, 2400, 640], ids=["all heads", "two heads", "rows of a head"])
+@pytest.mark.parametrize("name", MASKS)
+def test_blocks_give_what_torch_gives(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(2, rows, 3, 8).transpose(1, 2) for rows in (30, 40, 40))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=MASKS[name], scale=0.7) * 0.25
+    y = attention._by_blocks((q, k, v), 0.7, 0.25, MASKS[name])
+    assert y is not None
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    assert y.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    "scale, mask",
+    [(60.0, None), (1.0, torch.full((30, 40), -200.0)), (1.0, torch.zeros(30, 40, dtype=torch.bool))],
+    ids=["overflow", "underflow", "nothing to attend to"],
+)
+def test_exponentials_out_of_range_are_noticed(scale: float, mask: torch.Tensor | None) -> None:
+    torch.manual_seed(5)
+    q, k, v = (torch.randn(2, 3, rows, 8) for rows in (30, 40, 40))
+    assert attention._by_blocks((q, k, v), scale, 1.0, mask) is None
+
+
+def test_large_scores_are_left_to_torch_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_LEAST_SCORES", 0)
+    torch.manual_seed(6)
+    x = torch.randn(3, ROWS, WIDTH)
+    model, expected = _converted(Attention(scale=400.0), x)
+    tried = []
+    by_blocks = attention._by_blocks
+    monkeypatch.setattr(attention, "_by_blocks", lambda *args: tried.append(1) or by_blocks(*args))
+    with torch.no_grad():
+        assert all(_sqnr(expected, model(x)) > 50 for _ in range(3))
+    assert len(tried) == 1
