@@ -14,6 +14,7 @@ from fastforward.integer.islands import speed_up
 from fastforward.integer.linear import IntegerLinear
 from fastforward.integer.recurrent import IntegerRecurrent
 from fastforward.integer.shortcuts import take_shortcuts
+from fastforward.nn.call_paths import pending_quantizers
 from fastforward.nn.conversion import integer_layers
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
@@ -74,7 +75,7 @@ def finish(
     for layer in layers:
         if isinstance(layer, IntegerLinear | IntegerRecurrent):
             layer.start(backend, measure=example_inputs is not None)
-    for _, quantizer in _quantizers(model):
+    for _, quantizer in (*_quantizers(model), *pending_quantizers(model)):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
             speed_up(quantizer)
     take_shortcuts(model)

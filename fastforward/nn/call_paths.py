@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 IDENTITY: Final = "_ff_identity_key"
 PENDING: Final = "_ff_pending"
+"""Where a module keeps quantizers that were loaded for sites which it will only find when it runs, by name."""
 HERE: Final = "_ff_here"
 MOST: Final = 256
 """Call paths that a module may have: modules that call modules that call modules multiply."""
@@ -40,6 +41,15 @@ def meet_modules(model: torch.nn.Module) -> None:
     for module in list(model.modules()):
         for scope in list(module.__dict__.get(SCOPES, {}).values()):
             scope.meet_known()
+
+
+def pending_quantizers(model: torch.nn.Module) -> list[tuple[str, Quantizer]]:
+    """Name and quantizer of every site that was loaded and that only a run will find."""
+    return [
+        (f"{path}.{name}" if path else name, quantizer)
+        for path, module in model.named_modules()
+        for name, quantizer in module.__dict__.get(PENDING, {}).items()
+    ]
 
 
 def new_identity() -> str:

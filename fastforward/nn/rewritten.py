@@ -18,7 +18,7 @@ from fastforward.autoquant.recompile import Engine, may_hold_sites, names_operat
 from fastforward.autoquant.scope import SCOPES, MethodEntry
 from fastforward.autoquant.sites import Site
 from fastforward.exceptions import AutoquantError, QuantizationWarning
-from fastforward.nn.call_paths import call_indices, recall
+from fastforward.nn.call_paths import PENDING, call_indices, recall
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import QuantizerMetadata, QuantizerStub
 
@@ -31,7 +31,7 @@ _SETUP = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "i
 class RewrittenModule(QuantizedModule, include_in_module_map=False):
     """Base of all companions: stubs appear under the names of the sites.
 
-    A loaded state leaves quantizers for sites that only a run shows in ``_ff_pending``, by name.
+    A loaded state leaves quantizers for sites that only a run shows under ``PENDING``, by name.
     """
 
     call_paths = True
@@ -65,7 +65,7 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
         if name not in known:
             known[name] = identity
         if name not in self.__dict__:
-            loaded = self.__dict__.get("_ff_pending", {}).pop(name, None)
+            loaded = self.__dict__.get(PENDING, {}).pop(name, None)
             if loaded is None:
                 object.__setattr__(self, name, QuantizerStub(metadata=_metadata(site, unit)))
             else:

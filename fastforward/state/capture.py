@@ -15,6 +15,7 @@ import torch
 import fastforward
 from fastforward.autoquant.optable import default_table
 from fastforward.exceptions import QuantizationWarning, StateError
+from fastforward.nn.call_paths import PENDING, pending_quantizers
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
 from fastforward.quantization.tensor import QuantizedTensor
@@ -25,9 +26,6 @@ from fastforward.state.manifest import Manifest, SavedInteger, SavedModule, Save
 
 SMOOTHING = "smoothing"
 """The buffer of a quantized layer that the float layer does not have."""
-
-PENDING = "_ff_pending"
-"""Quantizers of sites that a rewritten module will only find when it runs, by name."""
 
 
 class TensorStore:
@@ -211,15 +209,6 @@ def _fixed(quantizer: Quantizer) -> Quantizer:
     fixed = getattr(quantizer, "fixed", None)
     plain: Quantizer = quantizer if fixed is None else fixed()
     return plain
-
-
-def pending_quantizers(model: torch.nn.Module) -> list[tuple[str, Quantizer]]:
-    """Name and quantizer of every site that was loaded and is not found yet."""
-    return [
-        (f"{path}.{name}" if path else name, quantizer)
-        for path, module in quantized_modules(model).items()
-        for name, quantizer in module.__dict__.get(PENDING, {}).items()
-    ]
 
 
 def _quantizer(quantizer: Quantizer, sites: tuple[str, ...], store: TensorStore) -> SavedQuantizer:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import FastForwardError, StateError
+from fastforward.nn.call_paths import PENDING
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer, QuantizerStub
 from fastforward.quantization.tensor import QuantizedTensor
@@ -21,7 +22,7 @@ from fastforward.selection.mpath import FilterResult
 from fastforward.selection.quantizers import all_quantizers
 from fastforward.selection.rules_yaml import decode, quantizer_class
 from fastforward.selection.scheme import REASON
-from fastforward.state.capture import PENDING, float_class, pending_quantizers, qualified_name, source_hash
+from fastforward.state.capture import float_class, qualified_name, source_hash
 from fastforward.state.manifest import Manifest, SavedInteger, SavedParts, SavedQuantizer
 
 Change = Callable[[], None]
@@ -271,9 +272,6 @@ def finish_integers(model: torch.nn.Module) -> None:
         if isinstance(module, layer_class):
             module.grid = grids.share(module.grid)
     importlib.import_module("fastforward.integer.conversion").finish(model, ())
-    islands = importlib.import_module("fastforward.integer.islands")
-    for _, quantizer in pending_quantizers(model):
-        islands.speed_up(quantizer)
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:

@@ -1,5 +1,7 @@
 """Attention behind integer layers: one product for query, key and value, every form of the operator."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,32 @@ def test_every_form_equals_the_simulation(
     assert {name: layer.record.fused for name, layer in model.named_children() if name in "qkv"} == dict.fromkeys(
         "qkv", ("merged",)
     )
+
+
+INTERFACES = {"sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v)}
+
+
+class ByName(Attention):
+    """Its attention is found in a registry, so that the quantizers inside are known only after a run."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (p(x).view(*x.shape[:2], HEADS, WIDTH // HEADS).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = INTERFACES[self.options["name"]](q, k, v)
+        return self.o(y.transpose(1, 2).reshape(x.shape))
+
+
+def test_a_loaded_model_converted_before_its_first_run_merges_too(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    x, model = torch.randn(2, ROWS, WIDTH), ByName(name="sdpa")
+    fresh = copy.deepcopy(model)
+    ff.quantize(model, [x], progress=False)
+    ff.save_quantization(model, tmp_path / "state.ff")
+    ff.load_quantization(fresh, tmp_path / "state.ff")
+    ff.convert(model, backend="onednn")
+    ff.convert(fresh, backend="onednn")
+    with torch.no_grad():
+        assert torch.equal(model(x), fresh(x))
+    assert fresh.q.record.fused == ("merged",)
 
 
 def test_merged_codes_are_those_of_each_layer() -> None:
