@@ -180,11 +180,16 @@ class Deferred(torch.Tensor):
         values = self._parent.along(values)
         return values if self._move is None else self._move(values)
 
-    def floats_wanted(self) -> bool:
-        """Whether floats exist, or were wanted by earlier calls, so that rounding them saves a second product."""
+    def source(self) -> "Deferred":
+        """The result that this one's values come from through data movement: itself, if it has no parent."""
         source = self
         while source._parent is not None:
             source = source._parent
+        return source
+
+    def floats_wanted(self) -> bool:
+        """Whether floats exist, or were wanted by earlier calls, so that rounding them saves a second product."""
+        source = self.source()
         return source._value is not None or (source._product is not None and source._product.layer.float_first)
 
     def moved(

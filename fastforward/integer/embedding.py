@@ -72,7 +72,8 @@ class IntegerTable(torch.nn.Module):
         """The rows that integer indices ``[*]`` name, as floats ``[*, embedding_dim]``."""
         rows = torch.nn.functional.embedding(input, self.weight_int8)
         scale = torch.nn.functional.embedding(input, self.weight_scale[:, None])
-        return (rows * scale).to(self.output_dtype)
+        # Converting first is one pass more and takes two thirds of the time of a product of mixed types.
+        return rows.float().mul_(scale).to(self.output_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerTable":
         """Move with the model; the result takes the model's dtype, scales stay float32."""

@@ -85,7 +85,7 @@ class Grid:
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the real values of codes, float32, without undoing the smoothing."""
-        return torch.sub(codes, float(self.zero_point)).mul_(self.scale)
+        return codes.float().sub_(self.zero_point).mul_(self.scale)
 
     def key(self) -> tuple[Any, ...]:
         """Equal keys mean equal codes for equal inputs."""

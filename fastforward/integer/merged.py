@@ -56,23 +56,36 @@ def compute_together(operands: Sequence[Deferred]) -> tuple[Merged, torch.Tensor
         The product and the codes of all results side by side; ``None`` if nothing was computed. Each operand that asks
         its own source for its codes afterwards finds them there.
     """
-    sources = [_source(x) for x in operands]
+    sources = [x.source() for x in operands]
     products = [source.pending for source in sources]
-    if not all(_mergeable(product) for product in products):
+    layers = _layers(products, operands)
+    if layers is None:
         return None
-    known = [product for product in products if product is not None]
-    layers = [product.layer for product in known if isinstance(product.layer, IntegerLinear)]
-    grids = [x._grid for x in operands if x._grid is not None and x._grid.highest == LEVELS - 1]
-    mergeable = len(set(map(id, layers))) == len(grids) == len(operands) and len({id(p.codes) for p in known}) == 1
-    rows = known[0].codes.numel() // known[0].codes.shape[-1]
-    if not mergeable or not all(layer.kernel_for(rows, to_codes=True) == "onednn" for layer in layers):
-        return None
-    merged = _merged(layers, grids)
-    together = merged.codes(known[0].codes)
-    for source, product, grid, codes in zip(sources, known, grids, together.split(merged.sizes, -1), strict=True):
-        product.layer.used_as_codes((*product.fused, "merged"))
-        source._codes = {id(grid): (grid, codes)}
+    codes = products[0].codes  # type: ignore[union-attr]
+    merged = _merged(layers, [x._grid for x in operands])  # type: ignore[misc]
+    together = merged.codes(codes)
+    for source, layer, grid, part in zip(sources, layers, merged.grids, together.split(merged.sizes, -1), strict=True):
+        layer.used_as_codes((*source._product.fused, "merged"))  # type: ignore[union-attr]
+        source._codes = {id(grid): (grid, part)}
     return merged, together
+
+
+def _layers(products: Sequence[Product | None], operands: Sequence[Deferred]) -> list[IntegerLinear] | None:
+    """The layers behind ``products`` if one kernel call can compute them all, each on the grid of its operand."""
+    layers: list[IntegerLinear] = []
+    for product, operand in zip(products, operands, strict=True):
+        if type(product) is not Product or product.activation is not NO_ACTIVATION:
+            return None
+        layer, grid = product.layer, operand._grid
+        if not isinstance(layer, IntegerLinear) or layer.float_first or layer in layers:
+            return None
+        if product.codes is not products[0].codes or grid is None or grid.highest != LEVELS - 1:  # type: ignore[union-attr]
+            return None
+        rows = product.codes.numel() // layer.in_features
+        if layer.kernel_for(rows, to_codes=True) != "onednn":
+            return None
+        layers.append(layer)
+    return layers
 
 
 def _merged(layers: Sequence[IntegerLinear], grids: Sequence[Grid]) -> Merged:
@@ -83,21 +96,6 @@ def _merged(layers: Sequence[IntegerLinear], grids: Sequence[Grid]) -> Merged:
         for layer in layers:
             layer._packed = None
     return kept
-
-
-def _source(x: Deferred) -> Deferred:
-    while x._parent is not None:
-        x = x._parent
-    return x
-
-
-def _mergeable(product: Product | None) -> bool:
-    return (
-        type(product) is Product
-        and product.activation is NO_ACTIVATION
-        and isinstance(product.layer, IntegerLinear)
-        and not product.layer.float_first
-    )
 
 
 def _identical(some: Sequence[object], others: Sequence[object]) -> bool:
