@@ -9,6 +9,9 @@ from fastforward.calibration.observer import BlockObserver, Observer
 from fastforward.exceptions import CalibrationError
 from fastforward.quantization.granularity import rows_by_block
 
+_AT_ONCE = 1 << 17
+"""Elements: temporaries then stay in the cache; those of a whole weight would be fresh memory each time."""
+
 
 class MeanSquaredError(BlockObserver):
     """The range with the least squared error, out of a grid that the first batch fixes.
@@ -40,10 +43,13 @@ class MeanSquaredError(BlockObserver):
     def update_rows(self, rows: Tensor) -> None:
         if self.errors.numel() == 0:
             self._fix_grid(rows)
+        at_once = max(_AT_ONCE // max(rows.shape[1], 1), 1)
         for candidate in range(self.low.shape[0]):
             scale, zero_point = self.grid.parameters_for_range(self.low[candidate], self.high[candidate])
-            rounded = self.grid.round(rows, scale[:, None], zero_point[:, None])
-            self.errors[candidate] += (rounded - rows).square().sum(1, dtype=torch.float64)
+            parts = (rows, scale[:, None], zero_point[:, None], self.errors[candidate])
+            for part, step, zero, errors in zip(*(part.split(at_once) for part in parts), strict=True):
+                rounded = self.grid.round(part, step, zero)
+                errors += rounded.sub_(part).square_().sum(1, dtype=torch.float64)
 
     def _fix_grid(self, rows: Tensor) -> None:
         low, high = extrema_of_all_processes(rows.amin(1), rows.amax(1))

@@ -7,6 +7,7 @@ integer in the bits of the sum, whose lower three bytes are the digits: 23 bits 
 import threading
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -15,62 +16,69 @@ LARGEST = 2.0**22 - 1
 _MIDDLE = 2.0**22
 _MAGIC = 1.5 * 2.0**23
 _PLACES = (1.0, 256.0, 65536.0)
-_SMALLEST = 1e-30
-"""Rows whose largest value is smaller than this are multiplied as if it were this."""
 CENTER = _MIDDLE / sum(_PLACES)
 """What each digit would be for a real zero, if all three were alike; a bias of the kernel takes it off again."""
 
 _magic = torch.tensor(_MAGIC)
-_places = torch.tensor(_PLACES)[:, None, None]
+_places = torch.tensor([_PLACES]) / LARGEST
 _last = threading.local()
+Converted = TypeVar("Converted")
 
 
 def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the rows of ``x`` in digits.
 
+    Decoding calls this with nothing in the cache, where each operator costs tens of microseconds: so few of them.
+
     Args:
-        x: float32 ``[rows, k]``. A row with NaN or infinity gets a step that is not finite.
+        x: float32 ``[rows, k]``, contiguous. A row with NaN or infinity gets values that are not finite.
 
     Returns:
-        Digits, uint8 ``[3, rows, k]``, the least first, and the real value of one unit, float32 ``[rows, 1]``:
-        ``x = step * (d[0] + 256 * d[1] + 65536 * d[2] - 2**22)``.
+        Digits, uint8 ``[3, rows, k]``, the least first, and the real value of one unit of each, float32
+        ``[rows, 1, 3]``: ``x = value[0] * d[0] + value[1] * d[1] + value[2] * d[2] - 2**22 * value[0]``.
     """
-    top = x.abs().amax(1, keepdim=True).clamp_min(_SMALLEST)
-    shifted = torch.addcmul(_magic, x, LARGEST / top)
+    top = x.abs().amax(1, keepdim=True)
+    shifted = torch.addcdiv(_magic, x, top, value=LARGEST)  # a row of zeros becomes NaN, and its values zero
     if torch.compiler.is_compiling():
         bits = shifted.view(torch.int32)
         split = torch.stack((bits & 255, (bits >> 8) & 255, (bits >> 16) & 127)).to(torch.uint8)
     else:
-        split = shifted.view(torch.uint8).view(*x.shape, 4).permute(2, 0, 1)[:DIGITS].contiguous()
-    return split, top / LARGEST
+        rows, k = x.shape
+        split = torch.as_strided_copy(shifted.view(torch.uint8), (DIGITS, rows, k), (1, 4 * k, 4))
+    return split, (top * _places).unsqueeze(1)
 
 
-def shared_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``digits`` of the rows of ``x [..., k]``, any float dtype; those of the latest tensor are kept for its next user.
+def digits_of_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``digits`` of the rows of ``x [..., k]``, of any float dtype."""
+    return digits(x.detach().reshape(-1, x.shape[-1]).float().contiguous())
+
+
+def shared(x: torch.Tensor, convert: Callable[[torch.Tensor], Converted]) -> Converted:
+    """``convert(x)``; that of the latest tensor is kept for its next user.
 
     Several layers often take the same tensor. Inference tensors do not tell when they change, so nothing is kept of
     them.
     """
-    known = getattr(_last, "digits", None)
-    if known is not None and known[0]() is x and known[1] == x._version:
-        return known[2]  # type: ignore[no-any-return]
-    result = digits(x.detach().reshape(-1, x.shape[-1]).float())
+    known = getattr(_last, "known", None)
+    if known is not None and known[0]() is x and known[1:3] == (x._version, convert):
+        return known[3]  # type: ignore[no-any-return]
+    result = convert(x)
     if not x.is_inference() and not torch.compiler.is_compiling():
-        _last.digits = (weakref.ref(x), x._version, result)
+        _last.known = (weakref.ref(x), x._version, convert, result)
     return result
 
 
-def multiply(split: torch.Tensor, step: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def multiply(
+    split: torch.Tensor, values: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """Multiply rows in digits by a matrix.
 
     Args:
         split: uint8 ``[3, rows, k]`` of :func:`digits`.
-        step: float32 ``[rows, 1]`` of :func:`digits`.
-        product: Multiplies codes, uint8 ``[3 * rows, k]``, whose real zero is :data:`CENTER`; float32.
+        values: float32 ``[rows, 1, 3]`` of :func:`digits`.
+        product: Multiplies codes, uint8 ``[3, rows, k]``, whose real zero is :data:`CENTER`; float32.
 
     Returns:
         float32 ``[rows, n]``.
     """
-    _, rows, k = split.shape
-    products = product(split.view(DIGITS * rows, k)).view(DIGITS, rows, -1)
-    return (products * (_places * step)).sum(0)
+    return torch.bmm(values, product(split).transpose(0, 1)).squeeze(1)

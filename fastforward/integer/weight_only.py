@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from fastforward_kernels import memory
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
@@ -40,7 +41,7 @@ class WeightOnlyLinear(torch.nn.Linear):
     weight_scale: torch.Tensor
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
     group: int
-    _packed: tuple[torch.Tensor, torch.Tensor] | None
+    _packed: tuple[torch.Tensor, ...] | None
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "WeightOnlyLinear":
@@ -66,6 +67,8 @@ class WeightOnlyLinear(torch.nn.Linear):
             self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
         self.group = group
         self._packed = None
+        if group:
+            memory.use_huge_pages(self.weight_int4.data_ptr(), self.weight_int4.nbytes)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
@@ -76,32 +79,40 @@ class WeightOnlyLinear(torch.nn.Linear):
         y = self._int4(input) if self.group else self._int8(input)
         if self.bias is not None:
             y = y.add_(self.bias.detach())
-        return y.view(*input.shape[:-1], self.out_features).to(input.dtype)
+        if input.dim() != 2:
+            y = y.view(*input.shape[:-1], self.out_features)
+        return y if y.dtype == input.dtype else y.to(input.dtype)
 
     def _int4(self, input: torch.Tensor) -> torch.Tensor:
-        rows = input.detach().reshape(-1, self.in_features).to(torch.bfloat16)
+        rows = digits.shared(input, _bfloat16_rows)
         return torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group, self.weight_scale).float()
 
     def _int8(self, input: torch.Tensor) -> torch.Tensor:
-        split, step = digits.shared_digits(input)
+        split, values = digits.shared(input, digits.digits_of_rows)
         plain = torch.compiler.is_compiling() or not onednn.has_onednn()
-        return digits.multiply(split, step, self._int_mm if plain else self._onednn)
+        return digits.multiply(split, values, self._int_mm if plain else self._onednn)
 
     def _int_mm(self, codes: torch.Tensor) -> torch.Tensor:
         offset = self.weight_int8.sum(1, dtype=torch.float32) * -digits.CENTER
-        return (int_mm(codes, self.weight_int8.t()) + offset) * self.weight_scale
+        product = (int_mm(codes.flatten(0, 1), self.weight_int8.t()) + offset) * self.weight_scale
+        return product.view(*codes.shape[:2], -1)
 
     def _onednn(self, codes: torch.Tensor) -> torch.Tensor:
         """Multiply by the packed weight; the bias takes off what the digits of real zero add."""
-        if self._packed is None:
-            offset = channel_sums(self.weight_int8) * self.weight_scale.double() * -digits.CENTER
-            self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None), offset.float()
-        packed, offset = self._packed
-        zeros = onednn._zeros(self.out_features)
-        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 0, packed, self.weight_scale, zeros, offset, 1.0, 0, torch.float32, "none", [], ""
+        packed, scale, offset, zeros = self._packed or self._pack()
+        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
+            codes, 1.0, 0, packed, scale, zeros, offset, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
+
+    def _pack(self) -> tuple[torch.Tensor, ...]:
+        scale = self.weight_scale
+        offset = channel_sums(self.weight_int8) * scale.double() * -digits.CENTER
+        packed = torch.ops.onednn.qlinear_prepack.default(self.weight_int8, None)
+        if hasattr(torch.ops.mkldnn, "data_ptr"):  # not every version tells where a packed weight lies
+            memory.use_huge_pages(torch.ops.mkldnn.data_ptr(packed), self.weight_int8.nbytes)
+        self._packed = packed, scale, offset.float(), onednn._zeros(self.out_features)
+        return self._packed
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -172,6 +183,10 @@ def require_weight_only(layer: QuantizedLinear) -> None:
         _group(quantizer, layer.weight.shape)
     else:
         require_integer(quantizer, layer.weight.shape)
+
+
+def _bfloat16_rows(input: torch.Tensor) -> torch.Tensor:
+    return input.detach().reshape(-1, input.shape[-1]).to(torch.bfloat16)
 
 
 def _is_int4(quantizer: Any) -> bool:

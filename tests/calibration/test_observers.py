@@ -256,6 +256,23 @@ def test_squared_error_beats_min_max_on_heavy_tails(make, granularity, grid):
     assert error(chosen, x, granularity, grid) < 0.8 * error(plain, x, granularity, grid)
 
 
+def test_squared_error_is_measured_a_few_rows_at_a_time():
+    sizes = []
+
+    class Recording(AffineGrid):
+        def round(self, x, scale, zero_point):
+            sizes.append(x.numel())
+            return super().round(x, scale, zero_point)
+
+    x = randn(300, 2000)
+    observer = bound(obs.MeanSquaredError(steps=5), PerChannel(0), Recording(-8, 7))
+    observer(x)
+    assert max(sizes) <= 1 << 17
+    scale, zero_point = observer.grid.parameters_for_range(observer.low[2], observer.high[2])
+    rounded = observer.grid.round(x, scale[:, None], zero_point[:, None])
+    assert torch.equal(observer.errors[2], (rounded - x).square().sum(1, dtype=torch.float64))
+
+
 def test_histogram_search_is_close_to_a_search_on_the_data():
     x = heavy_tailed(20_000)
     observer = bound(obs.Histogram(), grid=SYMMETRIC)
