@@ -209,6 +209,8 @@ def _read(module: torch.nn.Module, flow: Flow) -> bool:
 def integer_operator(module: torch.nn.Module) -> str | None:
     """The operator that an integer layer computes; ``None`` for any other module."""
     if isinstance(module, IntegerLayer):
+        if module.record.kernel == "float":
+            return None
         return type(module).__name__.removeprefix("Integer").lower().replace("transpose", "_transpose")
     if not getattr(module, "holds_integers", False):
         return None

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from fastforward.exceptions import UnsupportedOperatorError
+from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn, portable
+from fastforward.integer.choose import fastest
 from fastforward.integer.deferred import Deferred
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, make_epilogue
 from fastforward.integer.folding import Folded, Norm
@@ -24,6 +25,7 @@ _FEW_CHANNELS = 4
 _MOST_PACKS = 4
 """Input shapes of a layer for which packed weights are kept."""
 _ANY_SHAPE: tuple[int, tuple[int, ...]] = (0, ())
+_KERNELS = ("onednn", "float")
 
 
 class IntegerConv(IntegerLayer):
@@ -53,6 +55,12 @@ class IntegerConv(IntegerLayer):
     _dimensions: int
     _on_cpu: bool
     _memory: torch.memory_format
+    _conv_forward: Any
+    _zero_points: torch.Tensor
+    _float_weight: torch.Tensor | None
+    _kernels: dict[tuple[int, ...], str]
+    measures: bool
+    _float_wins: bool
 
     @classmethod
     def swap(cls, layer: Any, grid: Grid | None = None, *, keep_float: bool = False) -> "IntegerConv":
@@ -71,8 +79,36 @@ class IntegerConv(IntegerLayer):
         self._strides, self._paddings, self._dilations = list(self.stride), self._padding_sizes(), list(self.dilation)
         self._dimensions, self._on_cpu = self.weight_int8.dim(), self.weight_int8.device.type == "cpu"
         self._memory = _MEMORY.get(self._dimensions, torch.contiguous_format)
+        self._float_weight, self._zero_points = None, onednn._zeros(self.out_channels)
         self.record.kernel = "onednn"
+        if "_kernels" not in self.__dict__:  # moving a layer keeps what was measured
+            self.start()
         self._pack_ahead()
+
+    def start(self, backend: str = "auto", *, measure: bool = False) -> None:
+        """Forget what was measured; ``measure`` lets the next calls find out for which shapes float is faster."""
+        self.measures = measure and backend == "auto" and self._on_cpu
+        self._kernels, self._float_wins = {}, False
+
+    def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """As of every integer layer, with the shapes for which float or integers turned out to be faster."""
+        tensors, data = super().quantization_state()
+        return tensors, {**data, "kernels": [[list(shape), kernel] for shape, kernel in self._kernels.items()]}
+
+    @classmethod
+    def from_quantization_state(
+        cls, module: torch.nn.Module, tensors: dict[str, torch.Tensor], data: dict[str, Any]
+    ) -> torch.nn.Module:
+        layer = super().from_quantization_state(module, tensors, data)
+        assert isinstance(layer, IntegerConv)
+        layer.start()
+        for shape, kernel in data.get("kernels", ()):
+            if kernel not in _KERNELS:
+                msg = f"the state names kernel {kernel!r}; known are {', '.join(_KERNELS)}"
+                raise StateError(msg)
+            layer._kernels[tuple(map(int, shape))] = kernel
+        layer._float_wins = "float" in layer._kernels.values()
+        return layer
 
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -81,7 +117,10 @@ class IntegerConv(IntegerLayer):
         """Convolve ``[batch, in_channels, *size]``, in the dtype of ``input``."""
         if torch.compiler.is_compiling():
             return self._traced(input)
-        batched = len(input._shape if type(input) is Deferred else input.shape) == self._dimensions
+        shape = input._shape if type(input) is Deferred else input.shape
+        batched = len(shape) == self._dimensions
+        if self._float_wins and self._kernels.get(tuple(shape)) == "float":
+            return self._in_floats(input)
         codes = self.codes(input if batched else input.unsqueeze(0))
         y = self.product(codes, input.dtype)
         if self.output_quantizer is not None:
@@ -97,6 +136,9 @@ class IntegerConv(IntegerLayer):
         if activation.name not in self._fusible:
             y = activation.apply(self.compute(codes, epilogue))
             return y if out is None else out.codes(y)
+        if self.measures and out is None and codes.shape not in self._kernels:
+            self._choose(codes, epilogue, activation)
+        self.record.kernel = "onednn"
         codes, bias, point, padding = self._operands_of(codes, epilogue)
         result: torch.Tensor = onednn.CONVOLUTIONS[self._dimensions - 2](
             codes,
@@ -104,7 +146,7 @@ class IntegerConv(IntegerLayer):
             point,
             self._pack(point, codes.shape),
             epilogue.scale,
-            onednn._zeros(self.out_channels),
+            self._zero_points,
             bias,
             self._strides,
             padding,
@@ -141,7 +183,7 @@ class IntegerConv(IntegerLayer):
             point,
             self._pack(point, codes.shape),
             epilogue.scale,
-            onednn._zeros(self.out_channels),
+            self._zero_points,
             into,
             bias,
             self._strides,
@@ -160,6 +202,34 @@ class IntegerConv(IntegerLayer):
             activation.algorithm,
         )
         return onednn.limited(result, out)
+
+    def _choose(self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation) -> None:
+        """Find out whether floats are faster for an input of this shape, from floats to floats."""
+        shape = tuple(codes.shape)
+        self._kernels[shape] = "onednn"
+        if self.record.source != "float32":
+            return
+        x = self.grid.values(codes)
+
+        def integers() -> None:
+            self.compute(self.grid.fresh_codes(x), epilogue, activation).contiguous()
+
+        def floats() -> None:
+            activation.apply(self._in_floats(x)).contiguous()
+
+        self._kernels[shape] = kernel = fastest({"onednn": integers, "float": floats})
+        if kernel == "float":
+            self._float_wins = True
+        elif not self._float_wins:
+            self._float_weight = None
+
+    def _in_floats(self, x: torch.Tensor) -> torch.Tensor:
+        self.record.kernel, self.record.source, self.record.result = "float", "float32", "float32"
+        if self._float_weight is None or self._float_weight.dtype != x.dtype:
+            self._float_weight = self.weight.to(x.dtype)
+        bias = None if self.epilogue.bias is None else self.epilogue.bias.to(x.dtype)
+        y: torch.Tensor = self._conv_forward(x, self._float_weight, bias)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def _operands_of(
         self, codes: torch.Tensor, epilogue: Epilogue
@@ -264,7 +334,7 @@ class IntegerConv(IntegerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_packs": {}, "_folded": None, "_operands": None}
+        return {**self.__dict__, "_packs": {}, "_folded": None, "_operands": None, "_float_weight": None}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

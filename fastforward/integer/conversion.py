@@ -8,6 +8,7 @@ import torch
 from fastforward.exceptions import CalibrationError, QuantizationError
 from fastforward.integer import attention, fusion, onednn
 from fastforward.integer.bypass import bypass_rewriting
+from fastforward.integer.conv import IntegerConv
 from fastforward.integer.deferred import Deferred
 from fastforward.integer.forms import plan
 from fastforward.integer.islands import speed_up
@@ -73,7 +74,7 @@ def finish(
         ``model``.
     """
     for layer in layers:
-        if isinstance(layer, IntegerLinear | IntegerRecurrent):
+        if isinstance(layer, IntegerLinear | IntegerConv | IntegerRecurrent):
             layer.start(backend, measure=example_inputs is not None)
     for _, quantizer in (*_quantizers(model), *pending_quantizers(model)):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
@@ -110,7 +111,7 @@ def learn(model: torch.nn.Module, example_inputs: Any) -> None:
                 if type(result) is Deferred:
                     result.materialize()
     for module in model.modules():
-        if isinstance(module, IntegerLinear | IntegerRecurrent):
+        if isinstance(module, IntegerLinear | IntegerConv | IntegerRecurrent):
             module.measures = False
 
 

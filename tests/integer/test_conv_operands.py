@@ -8,6 +8,7 @@ import torch
 from calibrated import Net, close, outputs, simulated
 
 import fastforward as ff
+from fastforward.integer import conv as conv_module
 
 nn = torch.nn
 
@@ -100,3 +101,34 @@ def test_weights_are_packed_for_the_shapes_that_arrive() -> None:
         assert close(y, outputs(model, x))
         assert (0, x.shape) in model.conv._packs
     assert len(model.conv._packs) == 4  # those of the latest shapes, not of all
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_float_is_kept_where_it_is_faster_and_in_the_state(kind: type[nn.Module], monkeypatch, tmp_path) -> None:
+    torch.manual_seed(0)
+    layer = kind(4, 8, 3, padding=1)
+    example = torch.randn(2, 4, *[6] * (layer.weight.dim() - 2))
+    model = simulated(nn.Sequential(layer), example)
+    expected, target = outputs(model, example), copy.deepcopy(model)
+    monkeypatch.setattr(conv_module, "fastest", lambda ways: [way() for way in ways.values()] and "float")
+    ff.convert(model, example_inputs=example)
+    (link,) = ff.integer.explain(model).links
+    assert link.reason.startswith("float is faster")
+    assert ff.coverage(model, example).integer_share == 0
+    torch.testing.assert_close(outputs(model, example), expected, rtol=0, atol=0.05)  # its input is not rounded
+    ff.load_quantization(target, ff.save_quantization(model, tmp_path))
+    for other in (target, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
+        torch.testing.assert_close(outputs(other, example), outputs(model, example), rtol=0, atol=0)
+        assert not ff.integer.explain(other).integer
+    outputs(model, example[..., :5])  # nothing is known of this shape
+    assert ff.integer.explain(model).links[0].kernel == "onednn"
+
+
+def test_between_integers_floats_are_no_candidate(monkeypatch) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, 4, 6, 6)
+    layers = {"a": nn.Conv2d(4, 8, 3), "b": nn.Conv2d(8, 8, 3)}
+    model = simulated(Net(lambda self, x: self.b(self.a(x).relu()), **layers), example)
+    monkeypatch.setattr(conv_module, "fastest", lambda ways: pytest.fail("measured"))
+    ff.convert(model, example_inputs=example)
+    assert len(ff.integer.explain(model).integer) == 2
