@@ -12,6 +12,7 @@ from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, ar
 from fastforward.integer.folding import Folded, Norm
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import IntegerLayer, become
+from fastforward.integer.layout import contiguous, laid_out, padded
 from fastforward.integer.unfolded import conv_int_mm
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
@@ -21,7 +22,6 @@ _FUSIBLE_AFTER_SUM = ("none", "relu")
 _MEMORY = {4: torch.channels_last, 5: torch.channels_last_3d}
 _WIDE = 64
 """Input over weight, in elements, from which padding the input takes longer than the kernel's way with a zero point."""
-_FEW_CHANNELS = 4
 _MOST_PACKS = 4
 """Input shapes of a layer for which packed weights are kept."""
 _ANY_SHAPE: tuple[int, tuple[int, ...]] = (0, ())
@@ -123,6 +123,8 @@ class IntegerConv(IntegerLayer):
             return self._in_floats(input)
         codes = self.codes(input if batched else input.unsqueeze(0))
         y = self.product(codes, input.dtype)
+        if not self.defers and type(y) is Deferred:
+            y.computed()  # in the kernel's memory layout, which the next operator may take as it is
         if self.output_quantizer is not None:
             y = self.output_quantizer(y)
         return y if batched else y.squeeze(0)
@@ -212,10 +214,10 @@ class IntegerConv(IntegerLayer):
         x = self.grid.values(codes)
 
         def integers() -> None:
-            self.compute(self.grid.fresh_codes(x), epilogue, activation).contiguous()
+            contiguous(self.compute(self.grid.fresh_codes(x), epilogue, activation))
 
         def floats() -> None:
-            activation.apply(self._in_floats(x)).contiguous()
+            contiguous(activation.apply(self._in_floats(x)))
 
         self._kernels[shape] = kernel = fastest({"onednn": integers, "float": floats})
         if kernel == "float":
@@ -242,11 +244,11 @@ class IntegerConv(IntegerLayer):
         point, padding = self.grid.zero_point, self._paddings
         if point == 0 or not any(padding):
             bias = epilogue.bias if point == 0 else epilogue.compensated
-            return _laid_out(codes, self._memory), bias, 0, padding
+            return laid_out(codes, self._memory), bias, 0, padding
         wide = codes.numel() > _WIDE * self.weight_int8.numel() and codes.is_contiguous(memory_format=self._memory)
         if wide and not torch.compiler.is_compiling():
             return codes, epilogue.bias, point, padding
-        return _padded(codes, padding, point, self._memory), epilogue.compensated, 0, [0] * len(padding)
+        return padded(codes, padding, point, self._memory), epilogue.compensated, 0, [0] * len(padding)
 
     def _portable(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
@@ -360,36 +362,6 @@ class IntegerConv2d(IntegerConv, torch.nn.Conv2d):  # type: ignore[override]
 
 class IntegerConv3d(IntegerConv, torch.nn.Conv3d):  # type: ignore[override]
     """``torch.nn.Conv3d`` with integer operands."""
-
-
-def _laid_out(codes: torch.Tensor, memory: torch.memory_format) -> torch.Tensor:
-    """``codes`` with channels innermost."""
-    if codes.is_contiguous(memory_format=memory):
-        return codes
-    if codes.shape[1] > _FEW_CHANNELS or torch.compiler.is_compiling():
-        return codes.contiguous(memory_format=memory)
-    return _by_channel(codes, torch.empty_like(codes, memory_format=memory))
-
-
-def _padded(codes: torch.Tensor, padding: list[int], value: int, memory: torch.memory_format) -> torch.Tensor:
-    """``codes`` with ``value`` around them and channels innermost."""
-    around = [size for size in reversed(padding) for _ in range(2)]
-    if codes.shape[1] > _FEW_CHANNELS or codes.is_contiguous(memory_format=memory) or torch.compiler.is_compiling():
-        return torch.nn.functional.pad(_laid_out(codes, memory), around, value=value)
-    sizes = [size + 2 * extra for size, extra in zip(codes.shape[2:], padding, strict=True)]
-    result = torch.empty((*codes.shape[:2], *sizes), dtype=torch.uint8, memory_format=memory).fill_(value)
-    inside = result
-    for axis, (extra, size) in enumerate(zip(padding, codes.shape[2:], strict=True), start=2):
-        inside = inside.narrow(axis, extra, size)
-    _by_channel(codes, inside)
-    return result
-
-
-def _by_channel(codes: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    """Copy a channel at a time: torch's own copy would take the few channels of a pixel for its innermost loop."""
-    for source, target in zip(codes.unbind(1), into.unbind(1), strict=True):
-        target.copy_(source)
-    return into
 
 
 def require_kernel(layer: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, in_blocks, joined
+from fastforward.integer.layout import contiguous
 
 if TYPE_CHECKING:
     from fastforward.integer.layer import IntegerLayer
@@ -150,7 +151,7 @@ class Deferred(torch.Tensor):
         """The plain tensor that this one stands for; its memory is contiguous, as torch's own result would be."""
         value = self.computed()
         if not value.is_contiguous() and not self._strided:
-            value = self._value = value.contiguous()
+            value = self._value = contiguous(value)
         return value
 
     def codes(self, grid: Grid) -> torch.Tensor:

@@ -148,6 +148,12 @@ def neighbours(rows: int, width: int) -> Iterator[tuple[str, Callable[[], Any], 
     yield f"attention product 16 x {rows} x 128", *attention(16, rows, 128)
 
 
+def _values(layer: nn.Module, x: torch.Tensor) -> Any:
+    """Call, and read the result: an integer layer might put off computing it."""
+    y = layer(x)
+    return y.contiguous() if isinstance(y, torch.Tensor) else y
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,7 +173,9 @@ def main() -> None:
         for case in CASES:
             if options.only in case.name:
                 model, layer, x = converted(case)
-                times = medians({"float": partial(model, x), "integer": partial(layer, x)}, options.repeats)
+                times = medians(
+                    {"float": partial(_values, model, x), "integer": partial(_values, layer, x)}, options.repeats
+                )
                 (link,) = ff.integer.explain(layer).links
                 _print(case.name, times, link.kernel or link.reason)
 

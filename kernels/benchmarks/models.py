@@ -4,14 +4,16 @@
 
 Every way to run a model is timed in turn, so that a busy moment hits all of them. With one thread the time is that of
 the processor, which other processes do not lengthen by waiting, otherwise that of the clock. Prints a Markdown table:
-median and least milliseconds, what eager float32 takes in the same run over both, SQNR of the output against it, and
-the seconds and the memory of the weights after conversion.
+median and least milliseconds, what eager float32 takes in the same run over both, the share of this machine's fastest
+int8 product that the model as a whole reaches (of the least time), SQNR of the output against float32, and the seconds
+of conversion and the memory of the weights after it.
 """
 
 import argparse
 import contextlib
 import copy
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
@@ -53,6 +56,34 @@ def sqnr(reference: torch.Tensor, actual: torch.Tensor) -> float:
     reference, actual = reference.float(), actual.float()
     noise = (reference - actual).square().sum().clamp_min(1e-30)
     return float(10 * torch.log10(reference.square().sum() / noise))
+
+
+def ceiling() -> float:
+    """Multiply-accumulates per second of the fastest large int8 product that torch offers here."""
+    best = float("inf")
+    size = 1024
+    codes = torch.randint(0, 255, (size, size), dtype=torch.uint8)
+    weight = torch.randint(-127, 127, (size, size), dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    scales, points = torch.full((size,), 1e-4), torch.zeros(size, dtype=torch.int64)
+    tail = (scales, points, None, 1.0, 0, torch.uint8, "none", [], "")
+    ways = (
+        lambda: torch._int_mm(codes, weight),
+        lambda: torch.ops.onednn.qlinear_pointwise.default(codes, 1.0, 0, packed, *tail),
+    )
+    for _ in range(20):
+        for way in ways:
+            start = time.perf_counter()
+            way()
+            best = min(best, time.perf_counter() - start)
+    return float(size**3 / best)
+
+
+def multiplications(run: Callable[[Any], Any], inputs: Any) -> float:
+    """Multiply-accumulates of one call."""
+    with FlopCounterMode(display=False) as counter:
+        run(inputs)
+    return counter.get_total_flops() / 2
 
 
 def ours(entry: Entry, model: torch.nn.Module, compile_too: bool) -> Iterator[Mode]:
@@ -114,8 +145,8 @@ def measure(modes: list[Mode], inputs: Any, repeats: int) -> dict[str, Times]:
     return {name: Times(statistics.median(values), min(values)) for name, values in taken.items()}
 
 
-def table(name: str, entry: Entry, repeats: int, compile_too: bool) -> dict[str, list[float]]:
-    """Time one model, print its rows, and return the speed-ups by mode."""
+def table(name: str, entry: Entry, repeats: int, compile_too: bool, peak: float) -> dict[str, list[float]]:
+    """Time one model, print its rows, and return the speed-ups by mode; ``peak`` is that of :func:`ceiling`."""
     torch.manual_seed(0)
     model = entry.make().eval()
     eager = Mode("float32", lambda x: call(model, x), 0.0, megabytes(model))
@@ -125,6 +156,7 @@ def table(name: str, entry: Entry, repeats: int, compile_too: bool) -> dict[str,
         inputs = entry.inputs(batch)
         times = measure(modes, inputs, repeats)
         reference = entry.output(eager.run(inputs))
+        operations = multiplications(eager.run, inputs)
         for mode in modes:
             own, base = times[mode.name], times[eager.name]
             speedups[mode.name].append(base.median / own.median)
@@ -133,7 +165,8 @@ def table(name: str, entry: Entry, repeats: int, compile_too: bool) -> dict[str,
             noise = "" if mode is eager else f"{sqnr(reference, output):.1f}"
             print(
                 f"| {name} | {batch} | {mode.name} | {own.median * 1e3:.2f} | {own.least * 1e3:.2f} "
-                f"| {base.median / own.median:.2f} | {base.least / own.least:.2f} | {noise} "
+                f"| {base.median / own.median:.2f} | {base.least / own.least:.2f} "
+                f"| {operations / own.least / peak:.0%} | {noise} "
                 f"| {mode.seconds:.1f} | {mode.megabytes:.1f} |",
                 flush=True,
             )
@@ -160,12 +193,12 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="0: all")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="compiled modes too (minutes per model)")
     parser.add_argument("--plot", help="write a bar chart to this file")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     columns = [
         "model",
         "batch",
@@ -174,16 +207,18 @@ def main() -> None:
         "least ms",
         "x float32",
         "x, least",
+        "int8 peak",
         "SQNR dB",
         "ready in s",
         "MB",
     ]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     results: dict[str, dict[str, list[float]]] = {}
+    peak = ceiling()
     with torch.no_grad(), warnings.catch_warnings(), contextlib.ExitStack():
         warnings.simplefilter("ignore")
         for name in options.models:
-            results[name] = table(name, MODELS[name], options.repeats, options.compile)
+            results[name] = table(name, MODELS[name], options.repeats, options.compile, peak)
     if options.plot:
         plot(results, options.plot)
 

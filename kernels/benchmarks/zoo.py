@@ -69,25 +69,64 @@ def _mlp() -> torch.nn.Module:
     ).eval()
 
 
-class DecoderLayers(torch.nn.Module):
-    """The linear layers of two Llama blocks of a model with 1 B parameters, without attention itself."""
+class Decoder(torch.nn.Module):
+    """Two Llama blocks of the shape of a model with 1 B parameters: grouped-query attention and SwiGLU."""
 
-    def __init__(self, width: int = 2048, hidden: int = 8192, keys: int = 512, blocks: int = 2) -> None:
+    def __init__(
+        self, width: int = 2048, hidden: int = 8192, heads: int = 32, groups: int = 8, blocks: int = 2
+    ) -> None:
         super().__init__()
-        shapes = {"q": (width, width), "k": (width, keys), "v": (width, keys), "o": (width, width)}
-        shapes |= {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-        self.blocks = torch.nn.ModuleList(
-            torch.nn.ModuleDict({name: torch.nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
-            for _ in range(blocks)
-        )
+        self.blocks = torch.nn.ModuleList(DecoderBlock(width, hidden, heads, groups) for _ in range(blocks))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[rows, width]`` to the same shape."""
-        for block in self.blocks:
-            kv = torch.cat((block["k"](x), block["v"](x)), -1)
-            x = x + block["o"](block["q"](x)) + kv.mean()
-            x = x + block["down"](torch.nn.functional.silu(block["gate"](x)) * block["up"](x))
+    def forward(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Map ``[batch, tokens, width]``, given those before as ``[blocks, batch, groups, past, size]``."""
+        for block, past_keys, past_values in zip(self.blocks, keys, values, strict=True):
+            x = block(x, past_keys, past_values)
         return x
+
+
+class DecoderBlock(torch.nn.Module):
+    """Attention to all tokens so far, then the feed-forward layers."""
+
+    def __init__(self, width: int, hidden: int, heads: int, groups: int) -> None:
+        super().__init__()
+        linear = torch.nn.Linear
+        self.size = width // heads
+        self.norm1, self.norm2 = torch.nn.RMSNorm(width), torch.nn.RMSNorm(width)
+        self.q, self.o = linear(width, width, bias=False), linear(width, width, bias=False)
+        self.k, self.v = (linear(width, groups * self.size, bias=False) for _ in range(2))
+        self.gate, self.up = (linear(width, hidden, bias=False) for _ in range(2))
+        self.down = linear(hidden, width, bias=False)
+
+    def forward(self, x: torch.Tensor, past_keys: torch.Tensor, past_values: torch.Tensor) -> torch.Tensor:
+        """Map ``[batch, tokens, width]`` to the same shape."""
+        tokens, past = x.shape[1], past_keys.shape[2]
+        y = self.norm1(x)
+        q, k, v = (layer(y).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = _rotated(q, past), _rotated(k, past)
+        k, v = torch.cat((past_keys, k), 2), torch.cat((past_values, v), 2)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, enable_gqa=True)
+        x = x + self.o(attended.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+def _rotated(x: torch.Tensor, past: int) -> torch.Tensor:
+    """Rotary position embedding (Su et al., 2021) of ``[batch, heads, tokens, size]``."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(past, past + x.shape[2])[:, None] * 5e5 ** (-torch.arange(half) / half)
+    first, second = x.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def _prefill(tokens: int) -> Inputs:
+    return torch.randn(1, tokens, 2048), torch.randn(2, 1, 8, 0, 64), torch.randn(2, 1, 8, 0, 64)
+
+
+def _decode(batch: int) -> Inputs:
+    past = torch.randn(2, batch, 8, 127, 64)
+    return torch.randn(batch, 1, 2048), past, torch.randn_like(past)
 
 
 def _rows(width: int) -> Callable[[int], Inputs]:
@@ -102,7 +141,7 @@ MODELS: dict[str, Entry] = {
     "mobilenet_v3_large": _vision("mobilenet_v3_large"),
     "vit_b_16": _vision("vit_b_16"),
     "swin_t": _vision("swin_t"),
-    "decode int8": Entry(DecoderLayers, _rows(2048), (1,), scheme="w8"),
-    "decode int4": Entry(DecoderLayers, _rows(2048), (1,), scheme="w4_g128"),
-    "prefill": Entry(DecoderLayers, _rows(2048), (128,)),
+    "decode int8": Entry(Decoder, _decode, (1,), scheme="w8"),
+    "decode int4": Entry(Decoder, _decode, (1,), scheme="w4_g128"),
+    "prefill": Entry(Decoder, _prefill, (128,)),
 }
