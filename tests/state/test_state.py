@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastforward as ff
 from fastforward.autoquant import OperatorTable, optable
@@ -283,6 +284,22 @@ def test_a_model_without_memory_is_refused_until_it_has_some(saved):
     assert all(parameter.is_meta for parameter in other.parameters())
     other.to_empty(device="cpu")
     assert torch.equal(ff.load_quantization(other, path)(TOKENS), net(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "convert"),
+    [("w8a8", False), ("w4_g32", False), ("w8", True), ("w4_g32", True), ("w8a8_dynamic", True)],
+)
+def test_everything_goes_to_the_device_of_the_model(tmp_path, scheme, convert):
+    """Tensors that only say they are on a GPU tell where a state goes; static integer layers want their values too."""
+    net = ff.quantize(Net(32), [(TOKENS,)], scheme=scheme, convert=convert, progress=False)
+    path = ff.save_quantization(net, tmp_path)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            there = Net(32)
+        state = ff.load_quantization(there, path).state_dict()
+    assert state.keys() == net.state_dict().keys()
+    assert {tensor.device.type for tensor in state.values()} == {"cuda"}
 
 
 @pytest.mark.gpu
