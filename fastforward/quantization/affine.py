@@ -90,8 +90,9 @@ class AffineGrid:
 
     def round(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return float32 ``x`` rounded to the grid; parameters broadcast against ``x``."""
-        q = torch.round(x * (1 / scale)) + zero_point
-        return (q.clamp(self.quant_min, self.quant_max) - zero_point) * scale
+        result = x * (1 / scale)  # all else happens in this one buffer: fresh memory takes as long as the arithmetic
+        result.round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)
+        return result.sub_(zero_point).mul_(scale)
 
     def nearest_zero_point(self, zero_point: Tensor) -> Tensor:
         """Return the int32 zero point on the grid that is nearest to a float one."""
