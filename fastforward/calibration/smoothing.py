@@ -21,7 +21,7 @@ from fastforward.calibration.flow import Flow
 from fastforward.calibration.samples import Samples
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.linear_quantizer import LinearQuantizer
-from fastforward.quantization.granularity import PerTensor, blocked, min_max
+from fastforward.quantization.granularity import Granularity, PerTensor, blocked, min_max
 
 STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FOLDS = 4
@@ -107,7 +107,16 @@ def smooth(group: SmoothingGroup) -> tuple[Tensor | None, float]:
 
 def divisor(rows: Tensor, strength: float) -> Tensor:
     """``max|x| ** strength`` per channel, divided by its geometric mean."""
-    largest = rows.float().abs().amax(0).clamp_min(_SMALLEST)
+    return _divisor(*_extremes(rows.float()), strength)
+
+
+def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each channel. Dividing keeps their order: they stand for all rows in the search."""
+    return rows.amin(0), rows.amax(0)
+
+
+def _divisor(low: Tensor, high: Tensor, strength: float) -> Tensor:
+    largest = torch.maximum(-low, high).clamp_min(_SMALLEST)
     scale = largest**strength
     return scale / scale.log().mean().exp()
 
@@ -121,7 +130,7 @@ def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS)
     errors = dict.fromkeys(strengths, 0.0)
     bounds = torch.linspace(0, rows.shape[0], FOLDS + 1).long().tolist()
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        others = torch.cat([rows[:start], rows[end:]])
+        others = _extremes(torch.cat([rows[:start], rows[end:]]))
         held_out = rows[start:end][:: max(1, (end - start) * FOLDS // SEARCH_ROWS)]
         exact = {
             path: torch.nn.functional.linear(held_out, layer.weight.float()) for path, layer in group.layers.items()
@@ -133,24 +142,35 @@ def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS)
 
 
 def _held_out_error(
-    group: SmoothingGroup, strength: float, others: Tensor, held_out: Tensor, exact: Mapping[str, Tensor]
+    group: SmoothingGroup,
+    strength: float,
+    others: tuple[Tensor, Tensor],
+    held_out: Tensor,
+    exact: Mapping[str, Tensor],
 ) -> float:
-    scale = divisor(others, strength)
+    scale = _divisor(*others, strength)
     layer = next(iter(group.layers.values()))
-    quantized = _round_with(layer.input_quantizer, others / scale, held_out / scale)
+    low, high = (bound / scale for bound in others)
+    quantized = _round_between(layer.input_quantizer, low.amin(), high.amax(), held_out / scale)
     error = 0.0
     for path, member in group.layers.items():
         scaled = member.weight.float() * scale
-        weight = _round_with(member.weight_quantizer, scaled, scaled)
-        difference = torch.nn.functional.linear(quantized, weight) - exact[path]
-        error += float(difference.square().sum() / exact[path].square().sum().clamp_min(1e-30))
+        bounds = min_max(scaled, _granularity(member.weight_quantizer))
+        weight = _round_between(member.weight_quantizer, *bounds, scaled)
+        difference = torch.nn.functional.linear(quantized, weight).sub_(exact[path])
+        error += float(difference.square_().sum() / exact[path].square().sum().clamp_min(1e-30))
     return error
 
 
-def _round_with(quantizer: object, seen: Tensor, x: Tensor) -> Tensor:
-    """Round ``x`` with the smallest and largest values of ``seen`` as the range."""
+def _granularity(quantizer: object) -> Granularity:
+    assert isinstance(quantizer, LinearQuantizer)
+    return quantizer.granularity
+
+
+def _round_between(quantizer: object, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
+    """Round ``x`` with ``low`` to ``high`` as the range."""
     assert isinstance(quantizer, LinearQuantizer)
     granularity = quantizer.granularity
-    scale, zero_point = quantizer.grid.parameters_for_range(*min_max(seen, granularity))
-    spread = (granularity.spread(parameter, x.shape) for parameter in (scale, zero_point))
+    parameters = quantizer.grid.parameters_for_range(low, high)
+    spread = (granularity.spread(parameter, x.shape) for parameter in parameters)
     return quantizer.grid.round(blocked(x, granularity.block_size(x.shape)), *spread).reshape(x.shape)

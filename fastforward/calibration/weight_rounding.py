@@ -60,17 +60,18 @@ def round_weight(inputs: LinearInputs, damping: float = DAMPING, *, mean_absorbe
         msg = f"the weight of {inputs.path} is rounded to nearest: its sampled inputs allow no error feedback"
         warnings.warn(msg, QuantizationWarning, stacklevel=2)
     else:
-        costs = [_held_out_error(inputs, rows, candidate, held_out, mean_absorbed) for candidate in (trial, rounded)]
+        exact = inputs.exact()
+        costs = [_held_out_error(exact, rows, candidate, held_out, mean_absorbed) for candidate in (trial, rounded)]
         rounded = torch.where((costs[0] < costs[1])[:, None], final, rounded)
     smoothing = layer.smoothing
     return (rounded if smoothing is None else rounded / smoothing).to(layer.weight.dtype)
 
 
-def _held_out_error(inputs: LinearInputs, rows: Tensor, weight: Tensor, count: int, mean_absorbed: bool) -> Tensor:
+def _held_out_error(exact: Tensor, rows: Tensor, weight: Tensor, count: int, mean_absorbed: bool) -> Tensor:
     """Squared error of each output channel on the first ``count`` rows, ``[out]``; the bias is made from the others."""
-    error = rows @ weight.t() - inputs.exact()
+    error = (rows @ weight.t()).sub_(exact)
     absorbed = error[count:].mean(0) if mean_absorbed else 0.0
-    return (error[:count] - absorbed).square().sum(0)
+    return (error[:count] - absorbed).square_().sum(0)
 
 
 def rounded_on_grid(
