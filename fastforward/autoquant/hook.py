@@ -209,18 +209,25 @@ class quantize_imports:  # noqa: N801  (used as a function)
 
 
 def _check_names(packages: Sequence[str], exclude: Sequence[str]) -> None:
-    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-
     if not packages:
         msg = "quantize_imports needs the name of at least one package"
         raise ValueError(msg)
-    try:
-        names = (*packages, *exclude)
-        check_type(names, tuple[str, ...], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-    except TypeCheckError as error:
-        msg = f"quantize_imports takes the names of packages as strings: {error}"
-        raise TypeError(msg) from error
+    names = (*packages, *exclude)
+    if not all(isinstance(name, str) for name in names):
+        msg = f"quantize_imports takes the names of packages as strings: {_why_not_strings(names)}"
+        raise TypeError(msg)
     for name in names:
         if not name or name.startswith("."):
             msg = f"quantize_imports needs absolute names of packages, not {name!r}"
             raise ValueError(msg)
+
+
+def _why_not_strings(names: tuple[object, ...]) -> str:
+    # Importing typeguard takes longer than importing a large module of models: only a mistake pays for it.
+    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+    try:
+        check_type(names, tuple[str, ...], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError as error:
+        return str(error)
+    return repr(names)
