@@ -78,12 +78,12 @@ class Unit:
     Attributes:
         original: Code of the function as the user wrote it.
         code: Code of the rewritten function, which takes ``_ff``.
-        callee: Name under which callers file its quantizers.
         sites: Its sites.
         call_names: For each numbered call, the last part of the callee's name in the source.
         call_lines: For each numbered call, its line.
         call_sites: For each numbered call, the site of its result if it turns out to be the operator it looks like.
         static_calls: Numbered calls whose callee is a function known from the source.
+        closure_calls: Numbered calls whose callee is a variable of an enclosing function: each closure has its own.
         self_calls: Numbered calls of the form ``self.name(...)``.
         module_calls: Numbered calls of the form ``self.name.name(...)``: the names.
         dispatch: Output site -> the function that a custom operator table gives for the operator.
@@ -93,12 +93,12 @@ class Unit:
 
     original: types.CodeType
     code: types.CodeType
-    callee: str
     sites: list[Site]
     call_names: list[str] = field(default_factory=list)
     call_lines: list[int] = field(default_factory=list)
     call_sites: list[int | None] = field(default_factory=list)
     static_calls: dict[int, types.FunctionType] = field(default_factory=dict)
+    closure_calls: dict[int, ast.expr] = field(default_factory=dict)
     self_calls: dict[int, str] = field(default_factory=dict)
     module_calls: dict[int, tuple[str, ...]] = field(default_factory=dict)
     dispatch: dict[int, Any] = field(default_factory=dict)
@@ -107,11 +107,6 @@ class Unit:
     resolve: Resolver = lambda _: UNKNOWN
     promises: dict[str, Any] | None = None
     warned: set[str] = field(default_factory=set)
-
-    @property
-    def is_wrapper(self) -> bool:
-        """Whether this is the function a decorator put around another (``functools.wraps`` gave it that one's name)."""
-        return self.original.co_name != self.callee
 
     @functools.cached_property
     def _repeated(self) -> Counter[str]:
@@ -176,6 +171,10 @@ class Engine:
     # -------------------------------------------------------------- what a function is
     def kind(self, function: types.FunctionType) -> FunctionKind:
         """``operator`` (a row of the table), ``helper`` (rewritten when reached) or ``plain`` (left alone)."""
+        # Closures share their code: one of them may be an operator and the next be none.
+        row = self.table.find_callable(function)
+        if row is not None and not row.decompose:
+            return "operator"
         code = function.__code__
         known = self._kinds.get(id(code))
         if known is None:
@@ -183,9 +182,6 @@ class Engine:
         return known[1]
 
     def _classify(self, function: types.FunctionType) -> FunctionKind:
-        row = self.table.find_callable(function)
-        if row is not None and not row.decompose:
-            return "operator"
         code = function.__code__
         if id(code) in self._nested or function.__name__ in self.skip:
             return "plain"
@@ -218,6 +214,15 @@ class Engine:
         if isinstance(target, (types.FunctionType, types.BuiltinFunctionType, type)):
             return "call" if target in self.higher_order else "leave"
         return "call"
+
+    def known_callees(self, unit: "Unit", function: types.FunctionType) -> dict[int, types.FunctionType]:
+        """The numbered calls of ``function``, whose unit is ``unit``, that surely reach a helper with sites."""
+        if not unit.closure_calls:
+            return unit.static_calls
+        resolve = resolver(function)
+        found = {number: resolve(callee) for number, callee in unit.closure_calls.items()}
+        helpers = {n: f for n, f in found.items() if isinstance(f, types.FunctionType) and self.is_known_helper(f)}
+        return {**unit.static_calls, **helpers}
 
     def is_known_helper(self, function: types.FunctionType) -> bool:
         """Whether ``function`` is a helper that seems to hold sites itself."""
@@ -257,18 +262,18 @@ class Engine:
         resolve = resolver(function)
         if self.patterns:
             _apply_patterns(self.patterns, node, function, resolve)
-        marks = mark(node, self.context(node, located, resolve))
+        marks = mark(node, self.context(node, located, _for_every_closure(function, resolve)))
         calls = _numbered_calls(node, marks)
         statics, me = _static_calls(calls, marks, self), _receiver(node)
         unit = Unit(
             original=code,
             code=code,
-            callee=re.sub(r"\W", "", function.__name__) or "function",
             sites=marks.sites,
             call_names=[_last_name(call.func) for call in calls],
             call_lines=[call.lineno for call in calls],
             call_sites=[site.index if (site := marks.calls[id(call)].site) is not None else None for call in calls],
             static_calls=statics,
+            closure_calls=_closure_calls(calls, code),
             dispatch=_dispatched(marks),
             self_calls={n: names[0] for n, call in enumerate(calls) if len(names := _on(me, call.func)) == 1},
             node=located.node,
@@ -373,6 +378,26 @@ def resolver(function: types.FunctionType) -> Resolver:
     return resolve
 
 
+def _for_every_closure(function: types.FunctionType, resolve: Resolver) -> Resolver:
+    """What names mean in all functions that share the code: variables of an enclosing function may differ."""
+    free = function.__code__.co_freevars
+
+    def known(expression: Any) -> Any:
+        root = _root(expression)
+        if root in free and not isinstance(resolve(ast.Name(root, ast.Load())), types.ModuleType):
+            return UNKNOWN
+        return resolve(expression)
+
+    return known if free else resolve
+
+
+def _root(expression: Any) -> str:
+    """The name at the left end of an attribute chain; empty where there is none."""
+    while isinstance(expression, ast.Attribute):
+        expression = expression.value
+    return expression.id if isinstance(expression, ast.Name) else ""
+
+
 def _global(function: types.FunctionType, name: str) -> Any:
     module_globals = function.__globals__
     return module_globals[name] if name in module_globals else getattr(builtins, name)
@@ -447,6 +472,10 @@ def _static_calls(calls: list[Any], marks: Marks, engine: Engine) -> dict[int, t
         if isinstance(target, types.FunctionType) and engine.is_known_helper(target):
             found[number] = target
     return found
+
+
+def _closure_calls(calls: list[Any], code: types.CodeType) -> dict[int, ast.expr]:
+    return {n: clone(call.func, {}) for n, call in enumerate(calls) if _root(call.func) in code.co_freevars}
 
 
 def _dispatched(marks: Marks) -> dict[int, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from fastforward.autoquant.callpath import FIRST, Announced, taken
 from fastforward.autoquant.dynamic import DynamicOperator, apply, method_name, receiver_of
-from fastforward.autoquant.sites import PARAMETER, Site, nested_name, on_call_path
+from fastforward.autoquant.sites import PARAMETER, Site, callee_name, nested_name, on_call_path
 from fastforward.exceptions import QuantizationError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Scope:
     Attributes:
         owner: Module instance that holds the stubs; ``None`` for code that runs on no quantized instance.
         unit: The rewritten function.
+        name: What the function is called; a decorator's wrappers share one code and have the names of what they wrap.
         plan: For each site its active quantizer, or ``None`` while a stub stands there.
         index: The call path of the owner that this scope is on.
         label: Where in the owner's ``forward`` the function runs; ``None`` in methods that others call directly.
@@ -62,6 +63,7 @@ class Scope:
         "label",
         "memo",
         "met",
+        "name",
         "names",
         "owner",
         "parent",
@@ -77,12 +79,14 @@ class Scope:
         parent: "Scope | None",
         callee: str,
         path: tuple[int, ...],
+        function: types.FunctionType,
         *,
         label: str | None = None,
         index: int = FIRST,
     ) -> None:
         self.engine, self.unit, self.owner, self.parent = engine, unit, owner, parent
         self.calls = (callee, path)
+        self.name = callee_name(function)
         self.label, self.index = label, index
         self.caller: Scope | None = None
         self.met: dict[tuple[int, int], Callable[..., Any]] = {}
@@ -97,7 +101,7 @@ class Scope:
         if owner is not None:
             self.names = tuple(owner._ff_add_stub(self.stub_name(site), site, unit) for site in unit.sites)
             self.refresh()
-            self._known_children()
+            self._known_children(function)
 
     slice = slice
 
@@ -136,14 +140,14 @@ class Scope:
             if child.parent is self:
                 child.refresh()
 
-    def _known_children(self) -> None:
-        """Make the scopes of the helpers that the source names, so that their stubs exist before the first run."""
-        for number, function in self.unit.static_calls.items():
-            self._expect(number, function, _FUNCTION)
+    def _known_children(self, function: types.FunctionType) -> None:
+        """Make the scopes of the helpers that are known beforehand, so that their stubs exist before the first run."""
+        for number, callee in self.engine.known_callees(self.unit, function).items():
+            self._expect(number, callee, _FUNCTION)
         for number, name in self.unit.self_calls.items():
-            function = inspect.getattr_static(type(self.owner), name, None)
-            if isinstance(function, types.FunctionType) and self.engine.is_known_helper(function):
-                self._expect(number, function, _OWN_METHOD)
+            method = inspect.getattr_static(type(self.owner), name, None)
+            if isinstance(method, types.FunctionType) and self.engine.is_known_helper(method):
+                self._expect(number, method, _OWN_METHOD)
 
     def _expect(self, number: int, function: types.FunctionType, how: int) -> None:
         child = self.child(number, function)
@@ -316,11 +320,12 @@ class Scope:
         """A method of another quantized module: its sites belong to that module."""
         if SCOPE_ARGUMENT in (method.__func__.__kwdefaults__ or ()):
             return method(*args, **kwargs)
-        unit = self.engine.unit(method.__func__)
+        function = method.__func__
+        unit = self.engine.unit(function)
         if unit is None:
             return method(*args, **kwargs)
-        bound = self.engine.bind(method.__func__, MethodEntry(self.engine, method.__func__.__name__, unit))
-        self._remember(number, _METHOD, method.__func__, bound, None)
+        bound = self.engine.bind(function, MethodEntry(self.engine, function.__name__, unit, function))
+        self._remember(number, _METHOD, function, bound, None)
         return bound(method.__self__, *args, **kwargs)
 
     def _object(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -378,18 +383,19 @@ class Scope:
         if unit is None:
             return None
         # A decorator's wrapper and what it wraps are one function to the user.
-        wrapped = self.unit.is_wrapper and unit.callee == self.unit.callee
-        callee, path = ("", ()) if wrapped else (unit.callee, self.unit.call_path(number))
-        scope = self._ancestor(unit)
+        name = callee_name(function)
+        wrapped = self.name != self.unit.original.co_name and name == self.name
+        callee, path = ("", ()) if wrapped else (name, self.unit.call_path(number))
+        scope = self._ancestor(unit, name)
         if scope is None:
-            label = None if self.label is None else f"{self.label}/{number}{unit.callee}"
-            scope = Scope(self.engine, unit, self.owner, self, callee, path, label=label, index=self.index)
+            label = None if self.label is None else f"{self.label}/{number}{name}"
+            scope = Scope(self.engine, unit, self.owner, self, callee, path, function, label=label, index=self.index)
         self.children[key] = scope
         return scope
 
-    def _ancestor(self, unit: "Unit") -> "Scope | None":
+    def _ancestor(self, unit: "Unit", name: str) -> "Scope | None":
         scope: Scope | None = self
-        while scope is not None and scope.unit is not unit:
+        while scope is not None and (scope.unit is not unit or scope.name != name):
             scope = scope.parent
         return scope
 
@@ -493,10 +499,10 @@ def _is_method(function: Any, callee: Any) -> bool:
 class MethodEntry:
     """The default of ``_ff`` in a companion's method: the scope lives in the instance."""
 
-    __slots__ = ("engine", "name", "unit")
+    __slots__ = ("engine", "function", "name", "unit")
 
-    def __init__(self, engine: "Engine", name: str, unit: "Unit") -> None:
-        self.engine, self.name, self.unit = engine, name, unit
+    def __init__(self, engine: "Engine", name: str, unit: "Unit", function: types.FunctionType) -> None:
+        self.engine, self.name, self.unit, self.function = engine, name, unit, function
 
     def enter(self, me: Any = None, *_: Any) -> Scope:
         """The scope of method ``name`` for the instance ``me``."""
@@ -522,7 +528,7 @@ class MethodEntry:
         owner = me if hasattr(type(me), "_ff_add_stub") else None
         is_forward = self.name == "forward"
         callee, label = ("", str(index)) if is_forward else (self.name, None)
-        scope = Scope(self.engine, self.unit, owner, None, callee, (), label=label, index=index)
+        scope = Scope(self.engine, self.unit, owner, None, callee, (), self.function, label=label, index=index)
         if owner is not None:
             key = self.name if index == FIRST else (self.name, index)
             owner.__dict__.setdefault(SCOPES, {})[key] = scope

@@ -4,6 +4,8 @@ A site is one place in the source where a quantizer may act. Names follow one ru
 ``quantizer_<base>``, with ``_1, _2, ...`` in source order when a base occurs more than once in a function.
 """
 
+import re
+import types
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -55,6 +57,11 @@ def name_sites(sites: Sequence[Site], taken: Iterable[str] = ()) -> None:
             if site.name not in used:
                 break
         used.add(site.name)
+
+
+def callee_name(function: types.FunctionType) -> str:
+    """The name under which callers file a function's quantizers."""
+    return re.sub(r"\W", "", function.__name__) or "function"
 
 
 def nested_name(callee: str, name: str, path: Sequence[int] = ()) -> str:

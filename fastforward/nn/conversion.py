@@ -163,7 +163,7 @@ class QuantizedFunction(RewrittenModule):
         scopes = self.__dict__.setdefault(SCOPES, {})
         engine = bound_engine(self.function) or engine_for()
         if "" not in scopes:
-            scopes[""] = Scope(engine, engine.require_unit(self.function), self, None, "", (), label="")
+            scopes[""] = Scope(engine, engine.require_unit(self.function), self, None, "", (), self.function, label="")
             self.__dict__["_ff_forward"] = engine.bind(self.function, scopes[""])
         return self.__dict__["_ff_forward"]  # type: ignore[no-any-return]
 
@@ -249,7 +249,7 @@ def _swap_instance_forward(module: torch.nn.Module) -> None:
     unit = engine.unit(function) if engine.kind(function) == "helper" else None
     if unit is None:
         return
-    scope = Scope(engine, unit, module, None, "instance_forward", ())
+    scope = Scope(engine, unit, module, None, "instance_forward", (), function)
     module.__dict__.setdefault(SCOPES, {})["instance forward"] = scope
     bound: Any = engine.bind(function, scope)
     module.__dict__["_ff_forward"] = forward

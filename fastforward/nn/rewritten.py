@@ -249,7 +249,7 @@ def _rewritten(name: str, raw: Any, engine: Engine, entries: dict[str, MethodEnt
     unit = engine.unit(function)
     if unit is None:
         return raw
-    entry = MethodEntry(engine, name, unit)
+    entry = MethodEntry(engine, name, unit, function)
     if unit.sites or unit.call_names:
         entries[name] = entry
     method = engine.bind(function, entry)
