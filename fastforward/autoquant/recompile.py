@@ -225,8 +225,13 @@ class Engine:
         return {**unit.static_calls, **helpers}
 
     def is_known_helper(self, function: types.FunctionType) -> bool:
-        """Whether ``function`` is a helper that seems to hold sites itself."""
-        return self.kind(function) == "helper" and may_hold_sites(function.__code__, self.table)
+        """Whether ``function`` is a helper that seems to hold sites, or a decorator's wrapper of one that does."""
+        if self.kind(function) != "helper":
+            return False
+        wrapped = inspect.unwrap(function)
+        return any(
+            may_hold_sites(code, self.table) for f in (function, wrapped) if (code := getattr(f, "__code__", None))
+        )
 
     # -------------------------------------------------------------- units
     def unit(self, function: types.FunctionType) -> Unit | None:

@@ -98,9 +98,12 @@ class Scope:
         self.bound: dict[types.FunctionType, types.FunctionType] = {}
         self.names: tuple[str, ...] = ()
         self.plan: list[Any] = [None] * (len(unit.sites) + 1)
-        if owner is not None:
-            self.names = tuple(owner._ff_add_stub(self.stub_name(site), site, unit) for site in unit.sites)
-            self.refresh()
+        if owner is not None and self.is_wrapper:
+            # What is wrapped has the same names, and the first claim to them: text has them for it alone.
+            self._known_children(function)
+            self._own_stubs(owner)
+        elif owner is not None:
+            self._own_stubs(owner)
             self._known_children(function)
 
     slice = slice
@@ -108,6 +111,11 @@ class Scope:
     def enter(self, *_: Any) -> "Scope":
         """What a method's first statement calls; a scope that was passed explicitly stays."""
         return self
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the function is what a decorator put around another (``functools.wraps`` gave it that one's name)."""
+        return self.name != self.unit.original.co_name
 
     def full_name(self, name: str) -> str:
         """The owner's attribute for the quantizer that this function calls ``name``."""
@@ -139,6 +147,10 @@ class Scope:
         for child in self.children.values():
             if child.parent is self:
                 child.refresh()
+
+    def _own_stubs(self, owner: Any) -> None:
+        self.names = tuple(owner._ff_add_stub(self.stub_name(site), site, self.unit) for site in self.unit.sites)
+        self.refresh()
 
     def _known_children(self, function: types.FunctionType) -> None:
         """Make the scopes of the helpers that are known beforehand, so that their stubs exist before the first run."""
@@ -384,7 +396,7 @@ class Scope:
             return None
         # A decorator's wrapper and what it wraps are one function to the user.
         name = callee_name(function)
-        wrapped = self.name != self.unit.original.co_name and name == self.name
+        wrapped = self.is_wrapper and name == self.name
         callee, path = ("", ()) if wrapped else (name, self.unit.call_path(number))
         scope = self._ancestor(unit, name)
         if scope is None:

@@ -1,6 +1,7 @@
 """Functions that share their code: what a decorator puts around several functions, and what a factory returns."""
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -70,6 +71,38 @@ def test_functions_below_one_decorator_have_quantizers_of_their_own() -> None:
     assert {"quantizer_one_mul", "quantizer_other_mul", "quantizer_other_one_mul"} <= set(names)
 
 
+def doubled(function):
+    @functools.wraps(function)
+    def wrapper(self, x):
+        return torch.relu(x.exp()) * function(self, x)
+
+    return wrapper
+
+
+def logged(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+
+    return wrapper
+
+
+class Doubled(nn.Module):
+    @doubled
+    @logged
+    def forward(self, x):
+        return torch.relu(x.sin())
+
+
+def test_what_is_decorated_has_the_first_claim_to_a_name_and_the_same_as_in_text() -> None:
+    model = ff.quantize_model(Doubled())
+    lines, first = inspect.getsourcelines(Doubled)
+    last = first + len(lines) - 1
+    assert model.quantizer_relu.quant_metadata.line == last
+    assert model.quantizer_relu_.quant_metadata.line < last
+    assert "self.quantizer_relu:" in ff.autoquantize(Doubled()).code
+
+
 def applying(function, factor):
     def apply(x):
         return function(x) + x * factor
@@ -107,14 +140,6 @@ def test_a_captured_tensor_has_a_site_whatever_another_closure_captured(values) 
     model = ff.quantize_model(Free(*(applying(torch.relu, value) for value in values)))
     model(torch.randn(5))
     assert any("factor" in name for name in stubs(model))
-
-
-def logged(function):
-    @functools.wraps(function)
-    def wrapper(*args):
-        return function(*args)
-
-    return wrapper
 
 
 @logged
