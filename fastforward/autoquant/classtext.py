@@ -56,6 +56,10 @@ class ModuleText:
         engine: Operator table and patterns.
         use_type_inference: See `Graph`.
         dropped: For each class, ways to sites that are left out.
+        instances: The instances of each class in the model.
+
+    Attributes:
+        left_out: Classes and methods that have no text, each with the reason.
     """
 
     def __init__(
@@ -63,9 +67,11 @@ class ModuleText:
         engine: Engine,
         use_type_inference: bool = True,
         dropped: Mapping[type, Collection[StubPath]] = types.MappingProxyType({}),
+        instances: Mapping[type, Collection[torch.nn.Module]] = types.MappingProxyType({}),
     ) -> None:
         self.engine = engine
-        self.graph = Graph(engine, use_type_inference)
+        self.graph = Graph(engine, use_type_inference, instances)
+        self.left_out: list[str] = []
         self.dropped = dropped
         self.imports = Imports(frozenset().union(*(rule.names() for rule in engine.patterns)))
         self.classes: dict[str, ast.ClassDef] = {}
@@ -73,6 +79,11 @@ class ModuleText:
         self._functions: dict[UnitKey, tuple[str, ast.stmt | None]] = {}
         self._threaded: dict[UnitKey, tuple[str, TextUnit]] = {}
         self._direct_names: set[str] = set()
+
+    def leave_out(self, what: str, stacklevel: int) -> None:
+        """Warn of a class or method that has no text, and remember it."""
+        self.left_out.append(what)
+        warnings.warn(what, QuantizationWarning, stacklevel=stacklevel)
 
     def tree(self) -> ast.Module:
         """The module: imports, helpers, classes."""
@@ -123,7 +134,7 @@ class ModuleText:
             except AutoquantError as error:
                 if name == "forward":
                     raise
-                warnings.warn(f"stays float: {error}", QuantizationWarning, stacklevel=4)
+                self.leave_out(f"stays float: {error}", stacklevel=5)
                 continue
             if name == "forward" or unit.quantizers():
                 yield Method(name, raw, unit)

@@ -36,12 +36,15 @@ class AutoQuantizedCode:
         pymodule: The module made from it; None unless ``auto_import`` was asked for.
         pymodule_name: Name of that module.
         unknown_operators: Calls of torch that the operator table does not cover, with file and line; they stay float.
+        verbatim: What the text leaves as it is although execution in memory would quantize it: calls whose callee is
+            known only at run time or cannot be written as text, methods and classes without text; with line and reason.
     """
 
     code: str
     pymodule: types.ModuleType | None
     pymodule_name: str
     unknown_operators: tuple[str, ...] = ()
+    verbatim: tuple[str, ...] = ()
 
 
 def autoquantize(
@@ -101,7 +104,8 @@ def autoquantize(
     if writer is not None:
         writer.write(code)
     unknown = dict.fromkeys(line for unit in text.graph.units() for line in unit.unknown)
-    return AutoQuantizedCode(code, pymodule, name, tuple(unknown))
+    verbatim = dict.fromkeys(line for unit in text.graph.units() for line in unit.verbatim)
+    return AutoQuantizedCode(code, pymodule, name, tuple(unknown), (*text.left_out, *verbatim))
 
 
 def _writer(
@@ -125,7 +129,10 @@ def _module_text(
     use_type_inference: bool,
     dropped: Mapping[type, Collection[StubPath]] = types.MappingProxyType({}),
 ) -> tuple[ModuleText, ast.Module]:
-    text = ModuleText(engine, use_type_inference, dropped)
+    instances: dict[type, list[torch.nn.Module]] = {}
+    for part in module.modules():
+        instances.setdefault(type(part), []).append(part)
+    text = ModuleText(engine, use_type_inference, dropped, instances)
     for cls in classes_to_render(module):
         try:
             if cls is not type(module) and not is_importable(cls):
@@ -134,7 +141,7 @@ def _module_text(
         except AutoquantError as error:
             if cls is type(module):
                 raise
-            warnings.warn(f"{cls.__qualname__} is left out: {error}", QuantizationWarning, stacklevel=4)
+            text.leave_out(f"{cls.__qualname__} is left out: {error}", stacklevel=5)
     return text, text.tree()
 
 

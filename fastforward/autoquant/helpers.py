@@ -9,7 +9,7 @@ import dataclasses
 import dis
 import inspect
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,8 @@ from fastforward.autoquant.patterns import apply_rules
 from fastforward.autoquant.recompile import Engine, _clone_in_place, resolver
 from fastforward.autoquant.sites import Site, name_sites, nested_name
 from fastforward.autoquant.source import FunctionNode, locate, qualname
-from fastforward.autoquant.unknown import unknown_operators
+from fastforward.autoquant.unknown import arguments, unknown_operators
+from fastforward.autoquant.verbatim import Unresolved
 from fastforward.exceptions import AutoquantError
 
 SiteKey = tuple[int, int, int, str]
@@ -75,6 +76,7 @@ class TextUnit:
         dropped: Ways to sites that are left out because evidence has shown them to be needless.
         calls: ``id`` of a call node -> its callee.
         unknown: Its calls of torch that the operator table does not cover, with file and line.
+        verbatim: Its calls that stay as they are although the callee may compute with tensors, each with the reason.
     """
 
     function: types.FunctionType
@@ -86,6 +88,7 @@ class TextUnit:
     dropped: frozenset[SitePath] = frozenset()
     calls: dict[int, Callee] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    verbatim: list[str] = field(default_factory=list)
 
     @property
     def callee(self) -> str:
@@ -142,10 +145,17 @@ class Graph:
     Args:
         engine: Operator table and patterns.
         use_type_inference: Whether inference removes sites that cannot hold a tensor; otherwise literals alone do.
+        instances: The instances of each class in the model, which know what ``self.layer`` is.
     """
 
-    def __init__(self, engine: Engine, use_type_inference: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        use_type_inference: bool = True,
+        instances: Mapping[type, Collection[torch.nn.Module]] = types.MappingProxyType({}),
+    ) -> None:
         self.engine = engine
+        self.instances = instances
         self.use_type_inference = use_type_inference
         self._units: dict[UnitKey, TextUnit] = {}
         self._active: list[TextUnit] = []
@@ -184,7 +194,9 @@ class Graph:
         unit.unknown = list(unknown_operators(node, context, function))
         self._drop(unit)
         self._active.append(unit)
-        unit.calls = dict(self._calls(unit))
+        instances = self.instances.get(owner, ()) if owner is not None else ()
+        unresolved = Unresolved(node, unit.self_name, instances, resolve, context.may_be_tensor)
+        unit.calls = dict(self._calls(unit, unresolved.reason))
         self._active.pop()
         return unit
 
@@ -225,47 +237,76 @@ class Graph:
         name_sites(marks.sites)
 
     # ------------------------------------------------------------------ calls
-    def _calls(self, unit: TextUnit) -> Iterator[tuple[int, Callee]]:
+    def _calls(self, unit: TextUnit, unresolved: Callable[[ast.Call], str]) -> Iterator[tuple[int, Callee]]:
         calls = [node for node in unit.marks.keep if id(node) in unit.marks.calls and isinstance(node, ast.Call)]
         calls = sorted({id(call): call for call in calls}.values(), key=lambda call: unit.marks.calls[id(call)].number)
         names = [_last_name(call.func) for call in calls]
         for index, call in enumerate(calls):
-            callee = self._callee(unit, call)
-            if callee is None:
-                continue
-            name = names[index]
-            callee.path = () if names.count(name) < 2 else (names[: index + 1].count(name),)
-            yield id(call), callee
+            callee = self._callee(unit, call, unresolved)
+            if isinstance(callee, Callee):
+                name = names[index]
+                callee.path = () if names.count(name) < 2 else (names[: index + 1].count(name),)
+                yield id(call), callee
+            elif callee:
+                where = f"{unit.function.__code__.co_filename}:{call.lineno}"
+                unit.verbatim.append(f"{where}: {ast.unparse(call.func)}(...) stays as it is: {callee}")
 
-    def _callee(self, unit: TextUnit, call: ast.Call) -> Callee | None:
+    def _callee(self, unit: TextUnit, call: ast.Call, unresolved: Callable[[ast.Call], str]) -> Callee | str:
+        """What a call reaches; if it stays as it is, the reason, or nothing where nothing is lost by that."""
         function, how = self._target(unit, call)
         number = unit.marks.calls[id(call)].number
-        if not isinstance(function, types.FunctionType) or self.engine.kind(function) != "helper":
-            return None
+        if function is UNKNOWN or (how == "method" and function is None):
+            return unresolved(call) if unit.marks.calls[id(call)].operator is None else ""
+        if not isinstance(function, types.FunctionType):
+            return self._of_object(function) or self._passes_functions(unit, call, function)
+        if self.engine.kind(function) != "helper":
+            return self._passes_functions(unit, call, function)
         if vars(torch.nn.Module).get(function.__name__) is function:
-            return None  # the machinery of modules computes nothing
+            return ""  # the machinery of modules computes nothing
         owner = unit.owner if how != "function" else None
         if function.__code__ is unit.function.__code__:
-            return Callee(unit, how, number, recursive=True) if how != "super" else None
+            return Callee(unit, how, number, recursive=True) if how != "super" else ""
         if any(active.function.__code__ is function.__code__ for active in self._active):
-            return None  # mutual recursion: quantizers cannot be listed, so the call stays as it is
+            return "functions that call each other would need each other's quantizers"
         if how == "function" and not self.engine.is_known_helper(function):
-            return None
+            return ""
         try:
             inner = self.unit(function, owner, within(unit.dropped, number))
-        except AutoquantError:
-            return None
-        return Callee(inner, how, number) if inner.quantizers() else None
+        except AutoquantError as error:
+            return str(error) if self.engine.is_known_helper(function) else ""
+        return Callee(inner, how, number) if inner.quantizers() else ""
+
+    def _of_object(self, function: Any) -> str:
+        """Why the method of an object that a global name means stays as it is."""
+        method = getattr(function, "__func__", None)
+        known = isinstance(method, types.FunctionType) and self.engine.is_known_helper(method)
+        return "it is a method of an object that is no module" if known else ""
+
+    def _passes_functions(self, unit: TextUnit, call: ast.Call, function: Any) -> str:
+        """Why the functions that a call of ``function`` passes on stay as they are."""
+        if not any(function is known for known in self.engine.higher_order):
+            return ""
+        given = [
+            self._method(unit, value) if _is_on(unit.self_name, value) else unit.resolve(value)
+            for value in arguments(call)
+        ]
+        known = [f for f in given if isinstance(f, types.FunctionType) and self.engine.is_known_helper(f)]
+        return f"it calls {', '.join(f.__qualname__ for f in known)} by itself" if known else ""
 
     def _target(self, unit: TextUnit, call: ast.Call) -> tuple[Any, Any]:
         callee = call.func
         if isinstance(callee, ast.Attribute) and unit.owner is not None:
-            if isinstance(callee.value, ast.Name) and callee.value.id == unit.self_name:
-                return inspect.getattr_static(unit.owner, _mangled(unit, callee.attr), None), "method"
+            if _is_on(unit.self_name, callee):
+                found = self._method(unit, callee)
+                return (found.__func__, "function") if isinstance(found, staticmethod) else (found, "method")
             if _is_super(callee.value):
                 return _inherited(unit, callee.attr), "super"
         found = unit.marks.targets.get(id(call), UNKNOWN) if _is_global(unit, callee) else UNKNOWN
         return found, "function"
+
+    def _method(self, unit: TextUnit, expression: Any) -> Any:
+        """What the class has under the name of ``self.name``; None if only instances have it."""
+        return inspect.getattr_static(unit.owner, _mangled(unit, expression.attr), None)
 
 
 def within(paths: Iterable[tuple[Any, ...]], first: int | str) -> frozenset[Any]:
@@ -289,6 +330,12 @@ def _is_global(unit: TextUnit, callee: ast.expr) -> bool:
     while isinstance(callee, ast.Attribute):
         callee = callee.value
     return isinstance(callee, ast.Name) and callee.id not in unit.function.__code__.co_freevars
+
+
+def _is_on(me: str, expression: ast.expr) -> bool:
+    return (
+        isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name) and expression.value.id == me
+    )
 
 
 def _is_super(node: ast.expr) -> bool:

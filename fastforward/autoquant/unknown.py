@@ -41,12 +41,13 @@ def _is_unknown(target: Any, call: ast.Call, context: Context) -> bool:
         return False
     if context.table.find_callable(target) is not None or context.treat_call(target) == "call":
         return False
-    return any(map(context.may_be_tensor, [*_arguments(call)]))
+    return any(map(context.may_be_tensor, arguments(call)))
 
 
-def _arguments(call: ast.Call) -> Iterator[ast.expr]:
-    yield from (argument.value if isinstance(argument, ast.Starred) else argument for argument in call.args)
-    yield from (keyword.value for keyword in call.keywords)
+def arguments(call: ast.Call) -> list[ast.expr]:
+    """The expressions that a call passes, positional ones first."""
+    positional = [argument.value if isinstance(argument, ast.Starred) else argument for argument in call.args]
+    return [*positional, *(keyword.value for keyword in call.keywords)]
 
 
 def _is_torch_function(target: Any) -> bool:

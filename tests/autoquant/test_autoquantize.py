@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import io
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import fastforward as ff
@@ -359,6 +361,79 @@ def test_an_operator_that_the_table_lacks_is_listed() -> None:
     table = ff.autoquant.OperatorTable()
     (listed,) = ff.autoquantize(Pragmas(), operator_table=table).unknown_operators
     assert "torch.nn.functional.linear has no row" in listed
+
+
+ACTIVATIONS = {"relu": torch.relu}
+
+
+def closed_over(factor):
+    def scaled(x):
+        return x * factor
+
+    return scaled
+
+
+captured = closed_over(2)
+
+
+def even(x, depth):
+    return x * 2 if depth == 0 else odd(x, depth - 1)
+
+
+def odd(x, depth):
+    return x + 1 if depth == 0 else even(x, depth - 1)
+
+
+class Verbatim(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = torch.relu
+        self.layers = nn.ModuleList([nn.Linear(2, 2)])
+        self.missing = None
+        self.kind = "relu"
+
+    def step(self, x):
+        return x * 2
+
+    def forward(self, x):
+        chosen = ACTIVATIONS[self.kind]
+        x = chosen(x)
+        x = ACTIVATIONS["relu"](x)
+        x = self.act(x)
+        x = captured(x)
+        x = even(x, 3)
+        x = torch.utils.checkpoint.checkpoint(self.step, x, use_reentrant=False)
+        for index, layer in enumerate(self.layers):
+            x = layer(x) + index
+        first = self.layers[0]
+        if self.missing is not None:
+            x = self.missing(x)
+        return self.step(first(x)) + nn.ReLU()(x) * len(str(self.kind))
+
+
+def test_what_stays_as_it_is_is_listed_with_line_and_reason() -> None:
+    listed = ff.autoquantize(Verbatim()).verbatim
+    said = (entry.partition(": ")[2].partition("(...) stays as it is: ") for entry in listed)
+    reasons = {callee: reason for callee, _, reason in said}
+    closure = reasons.pop("captured")
+    assert closure.endswith("uses variables of an enclosing function (factor) and cannot be written as text")
+    assert reasons == {
+        "chosen": "the callee is known only at run time",
+        "ACTIVATIONS['relu']": "the callee is known only at run time",
+        "self.act": "the callee is known only at run time",
+        "torch.utils.checkpoint.checkpoint": "it calls Verbatim.step by itself",
+        "even": "functions that call each other would need each other's quantizers",
+    }
+    lines, first = inspect.getsourcelines(Verbatim)
+    chosen = first + next(n for n, line in enumerate(lines) if "x = chosen(x)" in line)
+    assert any(entry.startswith(f"{__file__}:{chosen}: chosen(...)") for entry in listed)
+    assert ff.autoquantize(Net()).verbatim == ()
+
+
+def test_classes_and_methods_without_text_are_listed() -> None:
+    with pytest.warns(QuantizationWarning):
+        (listed,) = ff.autoquantize(nn.Sequential(Net(), Changed())).verbatim
+    assert listed.startswith("Changed is left out: ") and "assigns globals" in listed
 
 
 # ------------------------------------------------------------------ refusals

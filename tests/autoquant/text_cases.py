@@ -320,8 +320,17 @@ class Recurrent(nn.Module):
         return y.sum() + z
 
 
+class Static(nn.Module):
+    @staticmethod
+    def shifted(x, by):
+        return x.abs() - by
+
+    def forward(self, x):
+        return self.shifted(x, 0.5) * self.shifted(x + 1, by=0.25)
+
+
 CASES = [
     Base, Super, Inherited, Methods, Property, Closure, Comprehension, Control, Match, With, InPlace, Walrus, Chained,
     Order, Unreached, SuperStays, Helpers, Recursion, Generator, Variadic, Decorated, Lists, ListArgument, TensorMethods, Functionals, LocalImport,
-    Outer.Nested, Parent, Recurrent,
+    Outer.Nested, Parent, Recurrent, Static,
 ]  # fmt: skip

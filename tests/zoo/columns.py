@@ -80,6 +80,7 @@ def text_form(entry: Entry) -> Record:
         excluded=without_text,
         without_sites=len(found.excluded) - len(without_text),
         shared=found.shared,
+        verbatim=list(found.verbatim),
     )
 
 

@@ -71,6 +71,9 @@ def _left_out(records: Records) -> Iterable[str]:
     excluded = {name: why for r in _of(records, "text") for name, why in r.get("excluded", {}).items()}
     for name, why in sorted(excluded.items()):
         yield f"  class without text: {name}: {why}"
+    verbatim = dict.fromkeys(line for r in _of(records, "text") for line in r.get("verbatim", ()))
+    yield f"  left as it is by the text: {len(verbatim)} places"
+    yield from (f"    {line}" for line in verbatim)
 
 
 def _of(records: Records, column: str) -> list[dict[str, Any]]:

@@ -49,12 +49,14 @@ class TextResult:
         rendered: Qualified names of the classes that have text.
         excluded: Classes without text, each with the reason.
         shared: How many sites both forms have.
+        verbatim: What the text leaves as it is, with file, line and reason.
     """
 
     differences: list[str] = field(default_factory=list)
     rendered: list[str] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
     shared: int = 0
+    verbatim: tuple[str, ...] = ()
 
 
 def check(entry: Entry) -> TextResult:
@@ -93,6 +95,7 @@ def generated_classes(model: torch.nn.Module, result: TextResult) -> Iterator[di
     quantized_modules._module_map.update(registered)
     classes = {cls.float_class: cls for cls in made}
     assert code.pymodule is not None
+    result.verbatim = code.verbatim
     reasons = {str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)}
     result.rendered = sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
     for cls in set(classes_to_render(model)) - set(classes):
