@@ -1,5 +1,6 @@
 """Operators that the source does not show: found at a call site at run time, with stubs made on the first call."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,10 @@ class DynamicOperator:
 
     def calling(self, function: Any) -> Callable[..., Any]:
         """``function`` with its operands and result quantized, to be called like it."""
-        return lambda *args, **kwargs: self(function, args, kwargs)
+        return functools.partial(self._call, function)
+
+    def _call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self(function, args, kwargs) if self.active else function(*args, **kwargs)
 
     def __call__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:

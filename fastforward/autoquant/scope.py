@@ -93,8 +93,9 @@ class Scope:
         self.children: dict[tuple[int, int], Scope] = {}
         self.dynamic: dict[tuple[int, str], DynamicOperator] = {}
         self.memo: dict[int, tuple[Known, ...]] = {}
-        # What a call site found last, and what to call for it: a shortcut past resolution.
-        self.direct: dict[int, tuple[Any, Callable[..., Any]]] = {}
+        # What a call site found last, and what to call for it: a shortcut past resolution. For the method of an object
+        # that is not the owner, also the object's type, which is all that resolution asks of it.
+        self.direct: dict[int, tuple[Any, ...]] = {}
         self.bound: dict[types.FunctionType, types.FunctionType] = {}
         self.names: tuple[str, ...] = ()
         self.plan: list[Any] = [None] * (len(unit.sites) + 1)
@@ -239,8 +240,10 @@ class Scope:
             target = self.met.get((number, id(function))) or self.meet(number, function)
             return target(*args, **kwargs)
         if kind is types.MethodType:
-            if known is not None and known[0] is function.__func__ and function.__self__ is self.owner:
-                return known[1](function.__self__, *args, **kwargs)
+            if known is not None and known[0] is function.__func__:
+                me = function.__self__
+                if me is self.owner or type(me) in known[2:]:
+                    return known[1](me, *args, **kwargs)
         elif kind is types.BuiltinFunctionType and number in self.memo:
             index = self.unit.call_sites[number]
             if index is not None and self.plan[index] is None:
@@ -366,7 +369,9 @@ class Scope:
         bound = self._bound(function, child)
         if function in child.bound:
             self._remember(number, how, type(original) if how == _OBJECT else function, bound, child)
-            if how != _OBJECT:
+            if how == _METHOD:
+                self.direct[number] = function, bound, type(args[0])
+            elif how != _OBJECT:
                 self.direct[number] = function, bound
         return bound(*args, **kwargs)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import fastforward as ff
 from fastforward.autoquant.optable import STR_ALIASES_EXTENSIONS, OperatorTable
+from fastforward.autoquant.scope import Scope
 from tests.autoquant.programs import load
 
 DECORATED = """
@@ -160,3 +161,35 @@ def test_a_decorated_operator_of_the_table_is_one_whatever_was_decorated_alike()
     assert "quantizer_special_x" in stubs(model)
     assert any("helper_mul" in name for name in stubs(model))
     assert not any("special_mul" in name for name in stubs(model))
+
+
+class Registry:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def chosen(self, x):
+        return x * self.factor
+
+
+class Louder(Registry):
+    pass
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.registries = [Registry(2.0), Louder(3.0), Registry(5.0)]
+
+    def forward(self, x):
+        for registry in self.registries:
+            x = registry.chosen(x)
+        return x
+
+
+def test_a_method_of_one_object_is_resolved_once_and_runs_on_the_object_at_hand(monkeypatch) -> None:
+    model = ff.quantize_model(Asking())
+    assert torch.equal(model(torch.ones(2)), torch.full((2,), 30.0))
+    model.registries = [Registry(7.0), Registry(11.0)]
+    model(torch.ones(2))
+    monkeypatch.setattr(Scope, "resolve", lambda *_: pytest.fail("resolved again"))
+    assert torch.equal(model(torch.ones(2)), torch.full((2,), 77.0))
