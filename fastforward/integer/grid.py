@@ -39,6 +39,11 @@ class Grid:
     shared: bool = False
     scores_fit: bool = True
     _last: tuple[Any, int, torch.Tensor] | None = None
+    _inverse: torch.Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        # A tensor, so that a compiler makes one kernel for all layers of a shape: a number would be part of its source.
+        self._inverse = torch.tensor(1.0 / self.scale, dtype=torch.float32, device="cpu")
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes of a plain floating tensor: uint8, same shape, memory laid out like ``x``."""
@@ -80,7 +85,7 @@ class Grid:
         x = x.detach().float()
         if self.inverse_smoothing is not None:
             x = x * self.inverse_smoothing
-        codes = torch.round(x * (1.0 / self.scale)) + self.zero_point
+        codes = torch.round(x * self._inverse) + self.zero_point
         return codes.clamp(0, self.highest).to(torch.uint8)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:

@@ -50,3 +50,18 @@ def test_compiled_linear_layers_are_one_operator_when_there_are_many_rows(rows: 
     assert any("_int_mm" in name for name in called) != fused
     noise = (y - expected).square().sum()
     assert noise <= 1e-4 * expected.square().sum()
+
+
+def test_scales_are_operands_of_compiled_code_so_that_layers_of_a_shape_share_a_kernel() -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, 4, 8, 8)
+    model = simulated(Net(lambda self, x: self.a(x), a=nn.Conv2d(4, 4, 3, padding=1)), example)
+    ff.convert(model)
+    expected, seen = outputs(model, example), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        seen.append(graph.code)
+        return graph
+
+    torch.testing.assert_close(outputs(torch.compile(model, fullgraph=True, backend=backend), example), expected)
+    assert str(1.0 / model.a.grid.scale) not in seen[0]
