@@ -80,8 +80,8 @@ class Decoder(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Map ``[batch, tokens, width]``, given those before as ``[blocks, batch, groups, past, size]``."""
-        for block, past_keys, past_values in zip(self.blocks, keys, values, strict=True):
-            x = block(x, past_keys, past_values)
+        for index, block in enumerate(self.blocks):
+            x = block(x, keys[index], values[index])
         return x
 
 
@@ -116,7 +116,7 @@ def _rotated(x: torch.Tensor, past: int) -> torch.Tensor:
     half = x.shape[-1] // 2
     angles = torch.arange(past, past + x.shape[2])[:, None] * 5e5 ** (-torch.arange(half) / half)
     first, second = x.chunk(2, -1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
