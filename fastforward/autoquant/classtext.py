@@ -14,7 +14,7 @@ from fastforward.autoquant.helpers import Callee, Graph, Quantizer, SiteKey, Tex
 from fastforward.autoquant.imports import Imports, dotted, is_importable
 from fastforward.autoquant.recompile import Engine, may_hold_sites
 from fastforward.autoquant.sites import nested_name
-from fastforward.autoquant.standalone import innermost, kept_decorators, make_standalone
+from fastforward.autoquant.standalone import innermost, kept_decorators, make_standalone, wrapped_by_base
 from fastforward.autoquant.textform import TextRewriter
 from fastforward.exceptions import AutoquantError, QuantizationWarning
 
@@ -59,7 +59,7 @@ class ModuleText:
         instances: The instances of each class in the model.
 
     Attributes:
-        left_out: Classes and methods that have no text, each with the reason.
+        left_out: Classes, methods and wrappers of methods that have no text, each with the reason.
     """
 
     def __init__(
@@ -149,6 +149,9 @@ class ModuleText:
 
         node = self._rendered(unit, reference, direct=method.name)
         node.name = method.name
+        owner = unit.owner.__qualname__ if unit.owner is not None else ""
+        around = f"is around {method.name} of {owner} and missing in its text"
+        self.left_out += [f"{where} {around}" for where in wrapped_by_base(method.raw)]
         node.decorator_list = [
             make_standalone_expression(d, unit, self.imports) for d in kept_decorators(unit.node, method.raw)
         ]

@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import inspect
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from fastforward.autoquant.imports import Imports, dotted, is_builtin
@@ -135,17 +136,12 @@ def kept_decorators(node: Any, outer: Any) -> list[ast.expr]:
         outer: What the class holds under the method's name, with all decorators applied.
 
     A decorator that returned the function itself (it only documents or registers it) has done its work already. What a
-    base class's ``__init_subclass__`` wraps around the methods of its subclasses is no decorator.
+    base class's ``__init_subclass__`` wraps around the methods of its subclasses is none: see `wrapped_by_base`.
 
     Raises:
         AutoquantError: Something else, such as a decorator of the class, has wrapped the method; text cannot repeat it.
     """
-    wrappers = []
-    current = outer
-    while hasattr(current, "__wrapped__"):
-        if _origin(current) != "__init_subclass__":
-            wrappers.append(current)
-        current = current.__wrapped__
+    wrappers = [wrapper for wrapper in _wrappers(outer) if not _is_of_base(wrapper)]
     if not wrappers:
         return []
     if not node.decorator_list:
@@ -155,6 +151,23 @@ def kept_decorators(node: Any, outer: Any) -> list[ast.expr]:
     origins = {_origin(wrapper) for wrapper in wrappers}
     named = [decorator for decorator in node.decorator_list if _decorator_name(decorator) in origins]
     return named if len(named) == len(wrappers) else list(node.decorator_list)
+
+
+def wrapped_by_base(outer: Any) -> list[str]:
+    """File, line and name of what a base class's ``__init_subclass__`` has wrapped around a method: text lacks it."""
+    codes = [wrapper.__code__ for wrapper in _wrappers(outer) if _is_of_base(wrapper)]
+    return [f"{code.co_filename}:{code.co_firstlineno}: {code.co_qualname}" for code in codes]
+
+
+def _wrappers(outer: Any) -> Iterator[Any]:
+    """What decorators and the like have put around a function, outermost first."""
+    while hasattr(outer, "__wrapped__"):
+        yield outer
+        outer = outer.__wrapped__
+
+
+def _is_of_base(wrapper: Any) -> bool:
+    return _origin(wrapper) == "__init_subclass__"
 
 
 def _origin(wrapper: Any) -> str:

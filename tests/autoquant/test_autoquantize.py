@@ -202,6 +202,11 @@ class Wrapped(Wrapping):
 def test_what_a_base_class_wraps_around_methods_is_no_decorator() -> None:
     generated = ff.autoquantize(Wrapped(), auto_import=True, code_writer=BasicCodeWriter("wrapped_once"))
     assert "documented_once" not in generated.code
+    (listed,) = generated.verbatim
+    line = Wrapping.__init_subclass__.__code__.co_firstlineno + 4
+    assert listed.startswith(
+        f"{__file__}:{line}: Wrapping.__init_subclass__.<locals>.counted is around forward of Wrapped"
+    )
     model = ff.quantize_model(Wrapped(), extra_conversion={Wrapped: generated.pymodule.QuantizedWrapped})
     assert torch.equal(model(torch.ones(2)), torch.full((2,), 2.0))
 
