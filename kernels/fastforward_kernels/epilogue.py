@@ -1,10 +1,11 @@
 """What follows an integer matrix product: the one formula, in plain torch, and what it accepts.
 
-``y = acc * x_scale * weight_scale + bias + residual`` in this order of float32 operations (the order of oneDNN, so that
-its results are bit-equal), then the activation, then either a conversion to a floating type or
-``clamp(rint(y * (1 / out_scale)) + out_zero_point)``, the formula of quantization itself: requantized integers are
-those that quantizing the float result gives. oneDNN adds the zero point before it rounds, which differs by one where
-``y / out_scale`` lies within a float's rounding of a tie (4 in a million); it requantizes only where that is zero.
+``y = acc * (x_scale * weight_scale) + bias + residual`` in this order of float32 operations, then the activation, then
+either a conversion to a floating type or ``clamp(rint(y * (1 / out_scale)) + out_zero_point)``, the formula of
+quantization itself: requantized integers are those that quantizing the float result gives. oneDNN adds the zero point
+before it rounds, which differs by one where ``y / out_scale`` lies within a float's rounding of a tie (4 in a million);
+it requantizes only where that is zero. It is given the product of the scales, because which of them it would multiply
+by first depends on the processor; so its results are bit-equal.
 
 Activations are as exact as float32 allows: within ``1e-6 * max(1, |y|)`` of float64, whose rounding to float32 alone
 costs 1e-6 where ``|y|`` is 16 or more.
@@ -41,7 +42,7 @@ def apply(
     out_zero_point: Tensor | None,
 ) -> Tensor:
     """Turn int32 sums into the result; ``factors``, ``bias`` and ``residual`` broadcast against ``acc``."""
-    y = acc.to(torch.float32).mul_(factors[0]).mul_(factors[1])
+    y = acc.to(torch.float32).mul_(factors[0] * factors[1])
     if bias is not None:
         y.add_(bias)
     if residual is not None:

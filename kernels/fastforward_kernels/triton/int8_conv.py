@@ -19,7 +19,7 @@ from fastforward_kernels import epilogue
 from fastforward_kernels import reference_matmul as reference
 from fastforward_kernels.packing import PackCache
 from fastforward_kernels.triton import launch
-from fastforward_kernels.triton.int8_matmul import epilogue_of
+from fastforward_kernels.triton.int8_matmul import epilogue_of, multiplied
 from fastforward_kernels.triton.numerics import signed
 
 WEIGHTS = PackCache()
@@ -33,6 +33,15 @@ def positions(block, total, height_out, width_out, stride_h, stride_w, pad_h, pa
     x_out = safe % width_out
     y_out = safe // width_out % height_out
     return rows, safe // width_out // height_out, y_out * stride_h - pad_h, x_out * stride_w - pad_w
+
+
+@triton.jit
+def pixels_under(window, image, top, left, height, width, channels, dilation_h, dilation_w, KERNEL_W: tl.constexpr):
+    """Return which positions have a pixel under this place of their window, and where its channels start."""
+    y = top + (window // KERNEL_W) * dilation_h
+    x = left + (window % KERNEL_W) * dilation_w
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return inside, ((image * height + y) * width + x) * channels
 
 
 @triton.jit
@@ -88,10 +97,10 @@ def conv_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     row_sums = tl.zeros((BLOCK_M,), dtype=tl.int32)
     for window in range(KERNEL_H * KERNEL_W):
-        y = top + (window // KERNEL_W) * dilation_h
-        x_position = left + (window % KERNEL_W) * dilation_w
-        inside = (y >= 0) & (y < height) & (x_position >= 0) & (x_position < width)
-        pixel = ((image * height + y) * width + x_position) * channels + group * group_channels
+        inside, pixel = pixels_under(
+            window, image, top, left, height, width, channels, dilation_h, dilation_w, KERNEL_W
+        )
+        pixel += group * group_channels
         weight_row = (columns * (KERNEL_H * KERNEL_W) + window).to(tl.int64) * group_channels
         for start in range(0, group_channels, BLOCK_K):
             depth = start + tl.arange(0, BLOCK_K)
@@ -99,10 +108,7 @@ def conv_kernel(
             data = tl.load(x_ptr + pixel[:, None] + depth[None, :], mask=inside[:, None] & exists[None, :], other=0)
             data = tl.where(inside[:, None], data, zero.to(data.dtype))
             weight = tl.load(weight_ptr + weight_row[None, :] + depth[:, None], mask=exists[:, None], other=0)
-            data8 = signed(data)
-            if WEIGHT_ZERO_POINT:
-                row_sums += tl.sum(tl.where(exists[None, :], data8.to(tl.int32), 0), axis=1)
-            acc = tl.dot(data8, weight, acc, out_dtype=tl.int32)
+            acc, row_sums = multiplied(acc, row_sums, signed(data), weight, exists, WEIGHT_ZERO_POINT)
     acc -= (zero - UNSIGNED_SHIFT) * tl.load(sums_ptr + columns)[None, :]
     if WEIGHT_ZERO_POINT:
         acc -= row_sums[:, None] * tl.load(weight_zero_point_ptr + columns)[None, :]
@@ -184,10 +190,9 @@ def depthwise_kernel(
         weight_zero = tl.load(weight_zero_point_ptr + safe_columns)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for window in range(KERNEL_H * KERNEL_W):
-        y = top + (window // KERNEL_W) * dilation_h
-        x_position = left + (window % KERNEL_W) * dilation_w
-        inside = (y >= 0) & (y < height) & (x_position >= 0) & (x_position < width)
-        pixel = ((image * height + y) * width + x_position) * channels
+        inside, pixel = pixels_under(
+            window, image, top, left, height, width, channels, dilation_h, dilation_w, KERNEL_W
+        )
         data = tl.load(x_ptr + pixel[:, None] + source[None, :], mask=inside[:, None], other=0).to(tl.int32)
         weight = tl.load(weight_ptr + safe_columns * (KERNEL_H * KERNEL_W) + window).to(tl.int32) - weight_zero
         acc += tl.where(inside[:, None], data - zero, 0) * weight[None, :]

@@ -43,6 +43,14 @@ def quantized(x, x_scale_ptr, x_zero_point_ptr, rows, row_stride, exists, qmin, 
 
 
 @triton.jit
+def multiplied(acc, row_sums, x, weight, exists, SUM_ROWS: tl.constexpr):
+    """Add one step along the inner axis: the product, and for weights with zero points the sums of the activation."""
+    if SUM_ROWS:
+        row_sums += tl.sum(tl.where(exists[None, :], x.to(tl.int32), 0), axis=1)
+    return tl.dot(x, weight, acc, out_dtype=tl.int32), row_sums
+
+
+@triton.jit
 def epilogue_of(
     acc,
     rows,
@@ -64,8 +72,8 @@ def epilogue_of(
     REQUANTIZE: tl.constexpr,
 ):
     """Rescale, add, activate, convert and store, in the order of ``epilogue.apply``."""
-    y = acc.to(tl.float32) * tl.load(x_scale_ptr + rows.to(tl.int64) * row_stride)[:, None]
-    y = y * tl.load(weight_scale_ptr + columns.to(tl.int64) * column_stride)[None, :]
+    x_scale = tl.load(x_scale_ptr + rows.to(tl.int64) * row_stride)[:, None]
+    y = acc.to(tl.float32) * (x_scale * tl.load(weight_scale_ptr + columns.to(tl.int64) * column_stride)[None, :])
     if BIAS:
         y = y + tl.load(bias_ptr + columns)[None, :]
     if RESIDUAL:
@@ -140,9 +148,7 @@ def matmul_kernel(
             x8 = (q - UNSIGNED_SHIFT).to(tl.int8)
         else:
             x8 = signed(x)
-        if WEIGHT_ZERO_POINT:
-            row_sums += tl.sum(tl.where(exists[None, :], x8.to(tl.int32), 0), axis=1)
-        acc = tl.dot(x8, weight, acc, out_dtype=tl.int32)
+        acc, row_sums = multiplied(acc, row_sums, x8, weight, exists, WEIGHT_ZERO_POINT)
         x_ptrs += BLOCK_K * SPLIT_K
         weight_ptrs += BLOCK_K * SPLIT_K * weight_column
     if X_ZERO_POINT:
