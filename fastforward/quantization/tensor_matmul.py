@@ -49,7 +49,7 @@ class Factor:
 
     def times(self, other: "Factor") -> Tensor:
         """Return the float32 product with the transpose of ``other``."""
-        return self.products(other).to(torch.float32) * self.scale * other.scale.t()
+        return self.products(other).to(torch.float32) * (self.scale * other.scale.t())  # the order of the kernels
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
