@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from fastforward.exceptions import StateError, UnsupportedOperatorError
+from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
 from fastforward.integer.deferred import Deferred
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, make_epilogue
 from fastforward.integer.folding import Folded, Norm
 from fastforward.integer.grid import Grid, grid_of
-from fastforward.integer.layer import IntegerLayer, become
+from fastforward.integer.layer import IntegerLayer, become, require_known
 from fastforward.integer.layout import contiguous, laid_out, padded
 from fastforward.integer.unfolded import conv_int_mm
 from fastforward.integer.weights import integer_weight
@@ -102,11 +102,8 @@ class IntegerConv(IntegerLayer):
         layer = super().from_quantization_state(module, tensors, data)
         assert isinstance(layer, IntegerConv)
         layer.start()
-        for shape, kernel in data.get("kernels", ()):
-            if kernel not in _KERNELS:
-                msg = f"the state names kernel {kernel!r}; known are {', '.join(_KERNELS)}"
-                raise StateError(msg)
-            layer._kernels[tuple(map(int, shape))] = kernel
+        kernels = data.get("kernels", ())  # states of earlier versions have none
+        layer._kernels = {tuple(map(int, shape)): require_known(kernel, _KERNELS) for shape, kernel in kernels}
         layer._float_wins = "float" in layer._kernels.values()
         return layer
 

@@ -242,6 +242,14 @@ def require_shape(integers: torch.Tensor, expected: tuple[int, ...], what: str) 
         raise StateError(msg)
 
 
+def require_known(name: Any, names: tuple[str, ...]) -> str:
+    """Return the kernel ``name`` that a state gives; raise StateError unless it is one of ``names``."""
+    if name not in names:
+        msg = f"the state names kernel {name!r}; known are {', '.join(names)}"
+        raise StateError(msg)
+    return str(name)
+
+
 def output_to_json(quantizer: Quantizer | None) -> dict[str, Any] | None:
     """An output quantizer as JSON."""
     if quantizer is None:

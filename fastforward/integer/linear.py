@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from fastforward.exceptions import StateError
 from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.int_mm import int_mm
-from fastforward.integer.layer import IntegerLayer, become
+from fastforward.integer.layer import IntegerLayer, become, require_known
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
@@ -203,8 +202,6 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
 
 def _known(name: Any, names: tuple[str, ...]) -> str:
-    if name not in names:
-        msg = f"the state names kernel {name!r}; known are {', '.join(names)}"
-        raise StateError(msg)
+    name = require_known(name, names)
     # A state may come from a machine that has oneDNN.
-    return "int_mm" if name == "onednn" and not onednn.has_onednn() else str(name)
+    return "int_mm" if name == "onednn" and not onednn.has_onednn() else name
