@@ -307,17 +307,30 @@ class Engine:
         for nested in _nested(unit.code):
             self._nested[id(nested)] = nested
 
-    def bind(self, function: types.FunctionType, scope: Any) -> types.FunctionType:
-        """A copy of ``function`` that runs the rewritten code with ``scope`` as its ``_ff``."""
+    def bind(self, function: types.FunctionType, scope: Any, *, in_its_place: bool = False) -> types.FunctionType:
+        """A copy of ``function`` that runs the rewritten code with ``scope`` as its ``_ff``.
+
+        ``in_its_place`` says that the copy stands wherever the function stood, as a method of a companion does: where
+        the function means itself (``type(self).forward is wrapper``), the copy then means itself too.
+        """
         unit = self.require_unit(function)
-        copy = types.FunctionType(
-            unit.code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-        )
+        closure = function.__closure__ or ()
+        itself = types.CellType()
+        cells = tuple(itself if in_its_place and _holds(cell, function) else cell for cell in closure)
+        copy = types.FunctionType(unit.code, function.__globals__, function.__name__, function.__defaults__, cells)
+        itself.cell_contents = copy
         copy.__kwdefaults__ = {**(function.__kwdefaults__ or {}), SCOPE: scope}
         copy.__dict__.update(function.__dict__)
         copy.__qualname__, copy.__doc__, copy.__module__ = function.__qualname__, function.__doc__, function.__module__
         copy.__annotations__ = function.__annotations__
         return copy
+
+
+def _holds(cell: types.CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # nothing was assigned to that variable yet
+        return False
 
 
 def is_autograd_function(target: Any) -> bool:

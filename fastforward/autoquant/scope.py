@@ -295,6 +295,8 @@ class Scope:
         return self._operator(number, found, function, args, kwargs)
 
     def _function(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if SCOPE_ARGUMENT in (function.__kwdefaults__ or ()):  # rewritten code that means itself
+            return function(*args, **kwargs)
         kind = self.engine.kind(function)
         if kind == "helper":
             return self._helper(number, function, function, args, kwargs, _FUNCTION)

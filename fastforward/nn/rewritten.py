@@ -252,7 +252,7 @@ def _rewritten(name: str, raw: Any, engine: Engine, entries: dict[str, MethodEnt
     entry = MethodEntry(engine, name, unit, function)
     if unit.sites or unit.call_names:
         entries[name] = entry
-    method = engine.bind(function, entry)
+    method = engine.bind(function, entry, in_its_place=True)
     if "__signature__" not in method.__dict__ and "__wrapped__" not in method.__dict__:
         method.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
         method.__wrapped__ = function  # type: ignore[attr-defined]  # tools that read the arguments off the code object (torch.fx) unwrap first

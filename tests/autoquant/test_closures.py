@@ -193,3 +193,43 @@ def test_a_method_of_one_object_is_resolved_once_and_runs_on_the_object_at_hand(
     model(torch.ones(2))
     monkeypatch.setattr(Scope, "resolve", lambda *_: pytest.fail("resolved again"))
     assert torch.equal(model(torch.ones(2)), torch.full((2,), 77.0))
+
+
+MEANING_ITSELF = """
+import functools
+import torch
+from torch import nn
+
+class Base(nn.Module):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def wrapper(self, x, again=True):
+            self.outermost = type(self).forward is wrapper
+            if again:
+                return wrapper(self, x * 2, again=False)
+            return forward(self, x)
+
+        cls.forward = wrapper
+
+class Net(Base):
+    def forward(self, x):
+        return torch.relu(x) + x
+"""
+
+
+def test_a_method_that_compares_with_itself_or_calls_itself_means_its_rewritten_form() -> None:
+    net = load(MEANING_ITSELF).Net()
+    x = torch.randn(5)
+    expected = net(x)
+    assert net.outermost
+    assert torch.equal(ff.quantize_model(net)(x), expected)
+    assert net.outermost, "libraries ask so whether to checkpoint gradients"
+    for name, _ in list(net.own_quantizers().items()):
+        if "relu" in name:
+            quantizer = ff.nn.LinearQuantizer(2)
+            quantizer.quantization_range = (-1.0, 1.0)
+            setattr(net, name, quantizer)
+    assert not torch.equal(net(x), expected), "the call of itself is rewritten code as well"
