@@ -8,6 +8,14 @@ from typing import Any, NamedTuple
 from fastforward.autoquant.local_imports import LocalImport, imports_of
 from fastforward.autoquant.source import FunctionNode
 
+# Methods of a tensor whose results may share its memory.
+_VIEWS = frozenset(
+    ["chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "movedim", "narrow", "permute"]
+    + ["ravel", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "swapdims", "t", "tensor_split"]
+    + ["transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"]
+)
+_TAKING_IN = frozenset(("append", "extend", "insert"))
+
 
 class Definition(NamedTuple):
     """One binding of a local name: where, and the expression it is bound to (``None`` when that is not one)."""
@@ -28,12 +36,17 @@ class Frame:
     """One function scope: its names, how they are bound, and which of them operators read.
 
     Attributes:
+        inline_only: Names that are never rebound.
+        changed: Those of them whose objects are changed in place.
+        same: Names whose objects may be the same, share memory, or contain one another.
         imports: Names that an import statement in the body binds; ``None`` for one that is bound otherwise too.
     """
 
     node: FunctionNode
     locals: set[str] = field(default_factory=set)
     inline_only: set[str] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
+    same: list[set[str]] = field(default_factory=list)
     definitions: dict[str, list[Definition]] = field(default_factory=dict)
     operands: dict[str, Use] = field(default_factory=dict)
     reads: set[int] = field(default_factory=set)
@@ -71,6 +84,56 @@ def scan(body: list[Any], frame: Frame) -> None:
     """Collect the local names of a function body, and those that must not be rebound to a quantized copy."""
     for child in body:
         _scan_node(child, frame)
+    _spread(frame)
+
+
+def _spread(frame: Frame) -> None:
+    """What changes in place under one name changes under the others that it has, and none of them is rebound."""
+    known = -1
+    while known != len(frame.changed):
+        known = len(frame.changed)
+        for names in frame.same:
+            if not names.isdisjoint(frame.changed):
+                frame.changed |= names
+    frame.inline_only |= frame.changed
+
+
+def _same_objects(node: ast.AST) -> Iterator[set[str]]:
+    """The names that ``node`` gives to objects which have names already, with those."""
+    if isinstance(node, ast.Assign):
+        yield _shared(node.targets, node.value)
+    elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)):
+        yield _shared([node.target], node.value)
+    elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
+        yield _shared([node.target], node.iter)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _TAKING_IN:
+        for argument in node.args:
+            yield _shared([node.func.value], argument)
+
+
+def _shared(targets: list[ast.expr], value: ast.expr | None) -> set[str]:
+    held = set() if value is None else set(_held(value))
+    named = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    return held | named if held else set()
+
+
+def _held(value: ast.expr) -> Iterator[str]:
+    """Names whose tensor ``value`` is, contains or is a view of; calls of functions are taken to make new ones."""
+    if isinstance(value, ast.Name):
+        yield value.id
+    elif isinstance(value, (ast.Subscript, ast.Starred, ast.NamedExpr)):
+        yield from _held(value.value)
+    elif isinstance(value, (ast.List, ast.Tuple, ast.Set)):
+        for item in value.elts:
+            yield from _held(item)
+    elif isinstance(value, (ast.Dict, ast.BoolOp)):
+        for item in value.values:
+            yield from _held(item)
+    elif isinstance(value, ast.IfExp):
+        yield from _held(value.body)
+        yield from _held(value.orelse)
+    elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _VIEWS:
+        yield from _held(value.func.value)
 
 
 def _scan_node(node: ast.AST, frame: Frame) -> None:
@@ -91,11 +154,11 @@ def _scan_node(node: ast.AST, frame: Frame) -> None:
     elif isinstance(node, ast.comprehension):
         frame.inline_only.update(inner.id for inner in ast.walk(node.target) if isinstance(inner, ast.Name))
     elif isinstance(node, ast.AugAssign):
-        frame.inline_only.update(_changed(node.target))
+        frame.changed.update(_changed(node.target))
     elif isinstance(node, (ast.Assign, ast.Delete)):
         for target in node.targets:
             if isinstance(target, ast.Subscript):
-                frame.inline_only.update(_changed(target))
+                frame.changed.update(_changed(target))
     elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
         frame.bind(node.name)
         frame.inline_only.add(node.name)
@@ -105,9 +168,10 @@ def _scan_node(node: ast.AST, frame: Frame) -> None:
     elif isinstance(node, (ast.Import, ast.ImportFrom)):
         frame.bind_import(node)
     elif isinstance(node, ast.Call):
-        frame.inline_only.update(_changed_by_call(node))
+        frame.changed.update(_changed_by_call(node))
     elif isinstance(node, ast.Compare):
         frame.inline_only.update(_identified(node))
+    frame.same += _same_objects(node)
     for child in ast.iter_child_nodes(node):
         _scan_node(child, frame)
 
