@@ -30,6 +30,16 @@ class Net(nn.Module):
 """
 
 
+@pytest.mark.xfail(strict=True, reason="a helper changes the quantized copy that it was handed: a known limit")
+def test_a_change_by_a_helper_reaches_the_argument() -> None:
+    source = f"def twice(t):\n    t.mul_(2)\n{HEAD}        twice(y)\n        return torch.relu(y)\n"
+    net = ff.quantize_model(load(source).Net())
+    replace_stubs(net, copying)
+    x, y = torch.randn(3, 4), torch.ones(3, 4)
+    assert torch.equal(net(x, y), 2 * torch.ones(3, 4))
+    assert torch.equal(y, 2 * torch.ones(3, 4))
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_change_reaches_the_argument_whatever_name_it_has(name: str) -> None:
     """Quantizers that hand on copies stand everywhere; a change of a copy would be lost."""
