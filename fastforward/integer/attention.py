@@ -74,7 +74,7 @@ def _pays(
     enable_gqa: bool = False,
 ) -> bool:
     """Whether computing the scores block by block is right, and faster than torch's operator."""
-    if is_causal or enable_gqa or k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3]:
+    if is_causal or enable_gqa or not q.shape[0] or k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3]:
         return False
     if attn_mask is not None and attn_mask.dtype not in (torch.float32, torch.bool):
         return False

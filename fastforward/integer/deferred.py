@@ -70,7 +70,8 @@ class Product:
         blocks = [
             grid.codes_in_place(self.layer.compute(block, self.epilogue, self.activation)) for block in in_blocks(rows)
         ]
-        return joined(blocks).view(*self.codes.shape[:-1], -1)
+        codes = joined(blocks)
+        return codes.view(*self.codes.shape[:-1], codes.shape[-1])
 
     def on_grid(self, grid: Grid) -> torch.Tensor:
         """Compute as uint8 codes."""

@@ -17,13 +17,6 @@ from tests.autoquant.generate import program
 from tests.autoquant.programs import compare, copying
 
 STREAMS, EXAMPLES, COPIES, BATCH = 8, 250, 40, 1000
-REFUSALS = (
-    # Autograd refuses programs that change what an operator saved; an operator that saved the copy does not mind.
-    "modified by an inplace operation",
-    # A helper that changes its argument changes the copy that it was handed, which is no leaf: a known limit, see
-    # test_aliases.py.
-    "a leaf Variable that requires grad is being used in an in-place operation",
-)
 
 
 def arguments() -> tuple[Any, ...]:
@@ -68,7 +61,8 @@ def test_quantizers_that_only_copy_change_nothing(number: int) -> None:
         except SyntaxError:
             continue
         found = compare(text, arguments, training=seed_ % 2 == 0, make=copying, exact=False)
-        assert any(refusal in line for line in found for refusal in REFUSALS) or found == [], (found, text)
+        # Autograd refuses programs that change what an operator saved; an operator that saved the copy does not mind.
+        assert any("modified by an inplace operation" in line for line in found) or found == [], (found, text)
 
 
 def run_seeds(first: int, count: int) -> list[str]:

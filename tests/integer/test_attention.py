@@ -176,3 +176,11 @@ def test_large_scores_are_left_to_torch_from_then_on(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         assert all(_sqnr(expected, model(x)) > 50 for _ in range(3))
     assert len(tried) == 1
+
+
+def test_an_empty_batch_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_LEAST_SCORES", 0)
+    torch.manual_seed(8)
+    model, _ = _converted(Attention(), torch.randn(3, ROWS, WIDTH))
+    with torch.no_grad():
+        assert model(torch.empty(0, ROWS, WIDTH)).shape == (0, ROWS, WIDTH)
