@@ -18,6 +18,7 @@ from fastforward.calibration.batches import Batches, Call, Data
 from fastforward.calibration.choose import automatic
 from fastforward.calibration.estimate import estimate_ranges, observable, observer_factory
 from fastforward.calibration.flow import Flow, eager, in_eval_mode, passing_through
+from fastforward.calibration.processes import failing_together, require_others
 from fastforward.calibration.recorder import FlowRecorder
 from fastforward.calibration.samples import Samples
 from fastforward.calibration.smoothing import without_smoothing
@@ -69,10 +70,10 @@ def quantize(
         progress: Show a progress bar, and print the coverage at the end.
 
     Returns:
-        ``model``. If anything raises, it is left as it was.
+        ``model``. If anything raises, it is left as it was, and under ``torch.distributed`` all processes raise.
 
     Raises:
-        CalibrationError: No data, or a site that saw NaN or infinity.
+        CalibrationError: No data, a site that saw NaN or infinity, or another process has raised.
         QuantizationError: The model is quantized already, or the scheme finds nothing to quantize.
         TypeError: ``model`` is no module, ``data`` is neither, or a batch is none of the above.
         ValueError: Unknown scheme; the message lists the known ones.
@@ -84,26 +85,28 @@ def quantize(
         >>> ff.coverage(model, torch.randn(16, 4)).share
         1.0
     """
-    chosen = scheme if isinstance(scheme, QuantizationConfig) else schemes.get(scheme)
-    calibration_steps.require_known(chosen.steps)
-    model_in, model = model, _uncompiled(model)
-    batches = Batches(data)
+    inner = _uncompiled(model)
     undo = Undo()
     try:
-        _add_stubs(model, operator_table, replacement_patterns, undo)
-        with in_eval_mode(model), eager():
-            flow = _Calibration(model, batches, chosen, observer, progress, undo, operator_table).run()
-            never = unreached(model, flow)
-            if convert:
-                _convert(model, batches)
-            if progress:
-                print(_summary(model, batches, never).summary(chosen.name))
+        with failing_together("ff.quantize"):
+            chosen = scheme if isinstance(scheme, QuantizationConfig) else schemes.get(scheme)
+            calibration_steps.require_known(chosen.steps)
+            batches = Batches(data)
+            _add_stubs(inner, operator_table, replacement_patterns, undo)
+            with in_eval_mode(inner), eager():
+                flow = _Calibration(inner, batches, chosen, observer, progress, undo, operator_table).run()
+                never = unreached(inner, flow)
+                if convert:
+                    require_others()  # integers are there to stay
+                    _convert(inner, batches)
+                if progress:
+                    print(_summary(inner, batches, never).summary(chosen.name))
     except BaseException:
-        if not integer_layers(model):  # once it does the float weights are gone: it stays an integer model
+        if not integer_layers(inner):  # once it does the float weights are gone: it stays an integer model
             undo.roll_back()
         raise
     _warn_unreached(never)
-    return model_in
+    return model
 
 
 @dataclasses.dataclass
@@ -139,6 +142,7 @@ class _Calibration:
         if "correct_bias" in self.scheme.steps:
             calibration_steps.correct_conv_biases(self.model, flow, samples, self.undo)
         # Processes have judged, smoothed and rounded by samples of their own; from here on they are to agree.
+        require_others()
         broadcast_quantization(self.model)
         return flow
 

@@ -165,7 +165,7 @@ def estimate_ranges(
 
     Inside the block the quantizers pass tensors through as they are, so the model computes in float. If the block
     raises, ranges stay as they were. Under ``torch.distributed`` the observations of all processes are merged at the
-    end of the block, in one collective; if the block raises in one process, it raises in all.
+    end of the block, in one collective; if the block raises in one process, it raises in all, and no ranges are set.
 
     Args:
         target: a model, a quantizer, several of either, or a mapping from names to quantizers. Stubs and quantizers
@@ -209,7 +209,7 @@ def estimate_ranges(
         raise CalibrationError(msg)
     estimation.attach()
     try:
-        with failing_together(), watching(target):
+        with failing_together("estimate_ranges"), watching(target):
             yield estimation
     finally:
         estimation.freeze()

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fastforward.calibration.observer import Observer
-from fastforward.calibration.processes import several
+from fastforward.calibration.processes import require_others, several
 from fastforward.exceptions import CalibrationError
 from fastforward.quantization.granularity import Granularity, min_max
 
@@ -195,6 +195,7 @@ def extrema_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
     """
     if not several():
         return low, high
+    require_others()
     both = torch.stack([-low, high]).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)
     return -both[0], both[1]

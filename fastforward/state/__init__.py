@@ -148,12 +148,16 @@ def broadcast_quantization(model: torch.nn.Module, source: int = 0, group: Any =
 
 
 def _captured(model: torch.nn.Module) -> tuple[Manifest, dict[str, torch.Tensor]] | StateError:
-    # An error is sent as well: the other processes are waiting.
+    # An error is sent as well, whatever it is: the other processes are waiting.
     try:
         manifest, tensors = capture(model, weights=True)
+        return manifest, {key: tensor.cpu() for key, tensor in tensors.items()}
     except StateError as error:
         return error
-    return manifest, {key: tensor.cpu() for key, tensor in tensors.items()}
+    except Exception as error:
+        failure = StateError(f"the model cannot be sent to the other processes: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
 
 
 def _take_over(model: torch.nn.Module, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
