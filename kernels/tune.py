@@ -1,14 +1,17 @@
 """Measure launch configurations on the GPU that is here, and rewrite the launch table with the fastest.
 
-    python kernels/tune.py [--family int8_matmul] [--dry-run]
+    python kernels/tune.py [--family int8_matmul] [--jobs 8] [--dry-run]
 
+Processes compile all candidates into Triton's cache first, since that takes far longer than measuring them.
 Configurations that do not launch are passed over. Run check_offline.py afterwards. Entries that were
 measured say so, with the time and the device's name.
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ import fastforward_kernels as ffk
 import torch
 
 SIZES = {"m<=16": 1, "m<=64": 64, "m>64": 4096}
+ROWS = {"m<=16": (16,), "m<=64": (16, 64), "m>64": (64, 128)}
 N, K = 4096, 4096
 BLOCKS = {
     "fake_quantize": {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (4, 8)},
@@ -39,9 +43,8 @@ def candidates(family: str, size: str) -> Iterator[dict[str, int]]:
     space = BLOCKS[family]
     for values in itertools.product(*space.values()):
         config = dict(zip(space, values, strict=True))
-        if size == "m<=16" and config.get("BLOCK_M", 16) > 64:
-            continue
-        yield config
+        if config.get("BLOCK_M", 16) in ROWS.get(size, (16,)):
+            yield config
 
 
 def workload(family: str, size: str, device: torch.device) -> Callable[[], Any]:
@@ -66,20 +69,40 @@ def workload(family: str, size: str, device: torch.device) -> Callable[[], Any]:
     return lambda: ffk.float8_linear(x8, scale, weight8, scale, out_dtype=torch.bfloat16)
 
 
-def fastest(family: str, size: str, device: torch.device) -> tuple[dict[str, int], float] | None:
-    """Return the best configuration and its milliseconds; None if none runs."""
-    import triton
+def use(family: str, size: str, config: dict[str, int], device: torch.device) -> None:
+    """Let the next launches of that size take ``config``."""
     from fastforward_kernels.triton import launch
 
-    call, best = workload(family, size, device), None
-    for config in candidates(family, size):
-        launch._config.cache_clear()
-        launch.table()[family].setdefault(launch.architecture(device), {})[size] = config
+    launch._config.cache_clear()
+    launch.table()[family].setdefault(launch.architecture(device), {})[size] = config
+
+
+def compiled(family: str, size: str, configs: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Run every configuration once, which leaves it in Triton's cache; return those that run."""
+    device = torch.device("cuda", 0)
+    call, good = workload(family, size, device), []
+    for config in configs:
+        use(family, size, config, device)
         try:
-            taken = float(triton.testing.do_bench(call, warmup=10, rep=40))
+            call()
+            torch.cuda.synchronize()
         except Exception as error:  # too much shared memory, too many registers: another configuration
-            print(f"  {config}: {type(error).__name__}", file=sys.stderr)
-            continue
+            print(f"  {family} {size} {config}: {type(error).__name__}", file=sys.stderr)
+        else:
+            good.append(config)
+    return good
+
+
+def fastest(
+    family: str, size: str, configs: list[dict[str, int]], device: torch.device
+) -> tuple[dict[str, int], float] | None:
+    """Return the best configuration and its milliseconds; None if there is none."""
+    import triton
+
+    call, best = workload(family, size, device), None
+    for config in configs:
+        use(family, size, config, device)
+        taken = float(triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median"))
         if best is None or taken < best[1]:
             best = (config, taken)
     return best
@@ -89,6 +112,7 @@ def main() -> int:
     """Tune and write; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--family", action="append", choices=list(BLOCKS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--dry-run", action="store_true", help="print the table instead of writing it")
     options = parser.parse_args()
     if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -99,14 +123,23 @@ def main() -> int:
     device = torch.device("cuda", 0)
     arch, name = launch.architecture(device), torch.cuda.get_device_name(device)
     document = json.loads(launch.TABLE.read_text())
-    for family in options.family or list(BLOCKS):
-        for size in document["families"][family]["default"]:
-            best = fastest(family, size, device)
-            if best is None:
-                continue
-            entry = {**best[0], "status": f"measured on {name}: {best[1] * 1000:.1f} us"}
-            document["families"][family].setdefault(arch, {})[size] = entry
-            print(f"{family} {size}: {entry}")
+    wanted = [(family, size) for family in options.family or BLOCKS for size in document["families"][family]["default"]]
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        shares = {
+            (family, size): [
+                pool.submit(compiled, family, size, list(candidates(family, size))[first :: options.jobs])
+                for first in range(options.jobs)
+            ]
+            for family, size in wanted
+        }
+        good = {key: [config for share in parts for config in share.result()] for key, parts in shares.items()}
+    for family, size in wanted:
+        best = fastest(family, size, good[family, size], device)
+        if best is None:
+            continue
+        entry = {**best[0], "status": f"measured on {name}: {best[1] * 1000:.1f} us"}
+        document["families"][family].setdefault(arch, {})[size] = entry
+        print(f"{family} {size}: {entry}", flush=True)
     text = json.dumps(document, indent=2) + "\n"
     if options.dry_run:
         print(text)

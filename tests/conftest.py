@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-# Triton decides when it is first imported, by whichever test, whether kernels are interpreted: there is no GPU in CI.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton decides when it is first imported, by whichever test, whether kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,14 @@ from fastforward.nn.quantizer import Quantizer
 LEVELS = 256
 _BLOCK = 1 << 21
 """Values of an intermediate result in floats: allocators keep 8 MB for the next one and map larger memory anew."""
+
+
+class Placed(NamedTuple):
+    """A grid as scalars on a device: float32 scale, int32 zero point, float32 reciprocal of the scale."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    inverse: torch.Tensor
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -39,11 +47,23 @@ class Grid:
     shared: bool = False
     scores_fit: bool = True
     _last: tuple[Any, int, torch.Tensor] | None = None
-    _inverse: torch.Tensor = dataclasses.field(init=False)
+    _placed: "Placed" = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        # A tensor, so that a compiler makes one kernel for all layers of a shape: a number would be part of its source.
-        self._inverse = torch.tensor(1.0 / self.scale, dtype=torch.float32, device="cpu")
+        self._place(torch.device("cpu"))
+
+    def on(self, device: torch.device) -> "Placed":
+        """Scale and zero point as tensors on ``device``; kept, since a CUDA graph cannot bring them there."""
+        if self._placed.scale.device != device:
+            self._place(device)
+        return self._placed
+
+    def _place(self, device: torch.device) -> None:
+        self._placed = Placed(
+            torch.tensor(self.scale, dtype=torch.float32, device=device),
+            torch.tensor(self.zero_point, dtype=torch.int32, device=device),
+            torch.tensor(1.0 / self.scale, dtype=torch.float32, device=device),
+        )
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes of a plain floating tensor: uint8, same shape, memory laid out like ``x``."""
@@ -85,7 +105,8 @@ class Grid:
         x = x.detach().float()
         if self.inverse_smoothing is not None:
             x = x * self.inverse_smoothing
-        codes = torch.round(x * self._inverse) + self.zero_point
+        # A tensor, so that a compiler makes one kernel for all layers of a shape: a number would be part of its source.
+        codes = torch.round(x * self._placed.inverse) + self.zero_point
         return codes.clamp(0, self.highest).to(torch.uint8)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
@@ -122,6 +143,7 @@ class Grid:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Grid":
         copy = dataclasses.replace(self, _last=None)
+        copy._placed = self._placed
         memo[id(self)] = copy
         return copy
 

@@ -89,6 +89,7 @@ class IntegerLayer(torch.nn.Module):
 
     def prepare(self, bias: torch.Tensor | None) -> None:
         """Compute what is derived from weight, bias and grid."""
+        self.grid.on(self.weight_int8.device)
         self.epilogue = make_epilogue(self.weight_int8, self.weight_scale, bias, self.grid.scale, self.grid.zero_point)
 
     @property

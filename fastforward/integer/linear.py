@@ -35,6 +35,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     _kernels: dict[tuple[int, bool], str]
     backend: str
     measures: bool
+    _device: str
     _float_wins: bool
 
     @classmethod
@@ -55,7 +56,9 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         self._packed = self._float_weight = None
         self._operands = portable.operands(self.weight_int8, self.grid)
         self.__dict__.pop("_merged", None)
-        if "_kernels" not in self.__dict__:  # moving a layer keeps what was measured
+        device = self.weight_int8.device.type
+        if self.__dict__.get("_device") != device:  # moving a layer within a device's kind keeps what was measured
+            self._device = device
             self.start()
 
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -70,8 +73,10 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     ) -> torch.nn.Module:
         layer = super().from_quantization_state(module, tensors, data)
         assert isinstance(layer, IntegerLinear)
-        layer.start(_known(data["backend"], ("auto", *_KERNELS)))
-        layer._kernels = {(int(rows), bool(to_codes)): _known(k, _KERNELS) for rows, to_codes, k in data["kernels"]}
+        backend = _known(data["backend"], ("auto", *_KERNELS))
+        layer.start(backend if layer._runs(backend) else "auto")
+        known = {(int(rows), bool(to_codes)): _known(kernel, _KERNELS) for rows, to_codes, kernel in data["kernels"]}
+        layer._kernels = {use: kernel for use, kernel in known.items() if layer._runs(kernel)}
         layer._float_wins = "float" in layer._kernels.values()
         return layer
 
@@ -131,18 +136,22 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         """Pick the kernel for so many rows and a result in floats or codes."""
         kernel = self.kernel_for(use[0], to_codes=use[1])
         if not kernel:
-            kernel = fastest(self._candidates(codes, epilogue, activation, out))
+            kernel = fastest(self._candidates(codes, epilogue, activation, out), codes.device)
         self._kernels[use] = self.record.kernel = kernel
         if kernel == "float":
             self._float_wins = True
         else:
             self._float_weight = None
-        return "int_mm" if kernel == "float" else kernel
+        return self._default_kernel(use[0]) if kernel == "float" else kernel
+
+    def _runs(self, kernel: str) -> bool:
+        """Whether the kernel runs on this layer's device: a state may come from another one."""
+        return self._device == "cpu" or kernel in ("kernels", "float")
 
     def _default_kernel(self, rows: int) -> str:
         if self.backend != "auto":
             return self.backend
-        if self.weight_int8.device.type != "cpu":
+        if self._device != "cpu":
             return "kernels"
         return "onednn" if onednn.has_onednn() and rows > onednn.SMALL_ROWS else "int_mm"
 
@@ -154,7 +163,8 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         def integer(kernel: str) -> Callable[[], Any]:
             return lambda: self._run(kernel, codes, epilogue, activation, out)
 
-        candidates = {kernel: integer(kernel) for kernel in ("onednn", "int_mm")}
+        names = ("onednn", "int_mm") if codes.device.type == "cpu" else ("kernels",)
+        candidates = {kernel: integer(kernel) for kernel in names}
         if out is not None or self.record.source != "float32":
             return candidates
         x = self.grid.values(codes)

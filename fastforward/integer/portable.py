@@ -7,7 +7,7 @@ import fastforward_kernels as kernels
 import torch
 
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
-from fastforward.integer.grid import Grid
+from fastforward.integer.grid import Grid, Placed
 from fastforward.integer.onednn import limited
 from fastforward.integer.weights import channel_sums
 
@@ -20,23 +20,17 @@ class Operands:
     """What the operators take as tensors, prepared once per layer.
 
     Attributes:
-        scale: float32 scalar, the input's scale.
-        zero_point: int32 scalar, the input's zero point on the unsigned grid.
+        grid: Of the input, whose scale and zero point are on the weight's device.
         sums: int32 ``[channels]``, the sum of each filter.
     """
 
-    scale: torch.Tensor
-    zero_point: torch.Tensor
+    grid: Placed
     sums: torch.Tensor
 
 
 def operands(weight: torch.Tensor, grid: Grid) -> Operands:
     """Prepare the operands of int8 ``weight [channels, ...]`` on its device."""
-    return Operands(
-        torch.tensor(grid.scale, device=weight.device),
-        torch.tensor(grid.zero_point, dtype=torch.int32, device=weight.device),
-        channel_sums(weight).to(torch.int32),
-    )
+    return Operands(grid.on(weight.device), channel_sums(weight).to(torch.int32))
 
 
 def linear(
@@ -50,7 +44,7 @@ def linear(
     """Multiply uint8 ``codes [..., k]`` by int8 ``weight [n, k]``; float32, or codes on ``out``."""
     packed = kernels.PackedWeight(weight, epilogue.scale, None, prepared.sums)
     arguments, rest = _following(epilogue, activation, out)
-    y = kernels.int8_linear(codes, prepared.scale, prepared.zero_point, packed, **arguments)
+    y = kernels.int8_linear(codes, prepared.grid.scale, prepared.grid.zero_point, packed, **arguments)
     return _finish(y, rest, out)
 
 
@@ -66,7 +60,7 @@ def conv(
     """Convolve uint8 ``codes`` with int8 ``weight`` in one or two dimensions; float32, or codes on ``out``."""
     packed = kernels.PackedWeight(weight, epilogue.scale, None, prepared.sums)
     arguments, rest = _following(epilogue, activation, out)
-    y = kernels.int8_conv(codes, prepared.scale, prepared.zero_point, packed, **geometry, **arguments)
+    y = kernels.int8_conv(codes, prepared.grid.scale, prepared.grid.zero_point, packed, **geometry, **arguments)
     return _finish(y, rest, out)
 
 
@@ -79,10 +73,8 @@ def _following(
         return {"bias": epilogue.bias}, activation
     arguments: dict[str, Any] = {"bias": epilogue.bias, "activation": name}
     if out is not None:
-        device = epilogue.scale.device
-        arguments["out_dtype"] = torch.uint8
-        arguments["out_scale"] = torch.tensor(out.scale, device=device)
-        arguments["out_zero_point"] = torch.tensor(out.zero_point, dtype=torch.int32, device=device)
+        placed = out.on(epilogue.scale.device)
+        arguments.update(out_dtype=torch.uint8, out_scale=placed.scale, out_zero_point=placed.zero_point)
     return arguments, None
 
 

@@ -31,23 +31,25 @@ class Row:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Return the median seconds of every call, taken in turn so that a busy moment hits all of them."""
+    """Return the median seconds of every call, taken in turn so that a busy moment hits all of them.
+
+    On a GPU it is the time of the device alone, with its cache emptied before each call.
+    """
+    if device.type != "cpu":
+        from triton.testing import do_bench
+
+        return {
+            name: float(do_bench(call, warmup=5, rep=40, return_mode="median")) / 1e3 for name, call in calls.items()
+        }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):
         for name, call in calls.items():
-            synchronize(device)
             start = time.perf_counter()
             call()
-            synchronize(device)
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def elementwise_rows(device: torch.device, size: int) -> list[Row]:
@@ -108,14 +110,16 @@ def linear_rows(device: torch.device, shapes: list[tuple[int, int, int]]) -> lis
     for m, k, n in shapes:
         x, weight, bias = (torch.randn(shape, device=device) for shape in ((m, k), (n, k), (n,)))
         q = torch.randint(0, 256, (m, k), dtype=torch.uint8, device=device)
-        packed = ffk.pack_linear_weight(
-            torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device), torch.rand(n, device=device) * 0.01
-        )
+        integers = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
+        packed = ffk.pack_linear_weight(integers, torch.rand(n, device=device) * 0.01)
         scale, zero = torch.tensor(0.03, device=device), torch.tensor(7, dtype=torch.int32, device=device)
         integer = torch.nn.functional.linear
-        data = {"q": q, "x": x, "weight": weight, "bias": bias, "packed": packed, "scale": scale, "zero": zero}
+        data = {"q": q, "x": x, "weight": weight, "bias": bias, "packed": packed, "scale": scale, "zero": zero,
+                "integers": integers}  # fmt: skip
         moved, operations = m * k + n * k + 4 * m * n, 2 * m * k * n
         others = {"torch float32": lambda d=data, f=integer: f(d["x"], d["weight"], d["bias"])}
+        if device.type != "cpu":
+            others = half_precision(data)
         shape = f"{m} x {k} x {n}"
         rows.append(Row(f"int8_linear {shape}", lambda d=data: call_linear(d, "q"), moved, operations, "int8", others))
         rows.append(
@@ -123,6 +127,42 @@ def linear_rows(device: torch.device, shapes: list[tuple[int, int, int]]) -> lis
                 f"int8_linear from float {shape}", lambda d=data: call_linear(d, "x"), moved, operations, "int8", others
             )
         )
+    return rows
+
+
+def half_precision(data: dict[str, torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """Return what a GPU does without us: bfloat16, and torch's plain int8 product where it takes the size."""
+    x, weight, bias = (data[name].bfloat16() for name in ("x", "weight", "bias"))
+    others: dict[str, Callable[[], object]] = {"torch bfloat16": lambda: torch.nn.functional.linear(x, weight, bias)}
+    if x.shape[0] > 16:
+        a, b = (data[name].view(torch.int8) for name in ("q", "integers"))
+        others["torch._int_mm"] = lambda: torch._int_mm(a, b.t())
+    return others
+
+
+def weight_rows(device: torch.device, shapes: list[tuple[int, int, int]]) -> list[Row]:
+    """Return float8 and weight-only products beside bfloat16 and torch's own."""
+    rows = []
+    for m, k, n in shapes:
+        x, weight = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((m, k), (n, k)))
+        scale, moved, operations = torch.tensor(0.1, device=device), m * k + n * k + 2 * m * n, 2 * m * k * n
+        bfloat16: dict[str, Callable[[], object]] = {"torch bfloat16": lambda a=x, b=weight: a @ b.t()}
+        a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+        scaled = {} if torch.cuda.get_device_capability(device) < (8, 9) else {
+            "torch._scaled_mm": lambda a=a, b=b, s=scale: torch._scaled_mm(a, b.t(), s, s, out_dtype=torch.bfloat16)
+        }  # fmt: skip
+        rows.append(Row(
+            f"float8_linear {m} x {k} x {n}",
+            lambda a=a, b=b, s=scale: ffk.float8_linear(a, s, b, s, out_dtype=torch.bfloat16),
+            moved, operations, "int8", {**bfloat16, **scaled},
+        ))  # fmt: skip
+        for bits in (4, 8):
+            q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k), dtype=torch.int8, device=device)
+            packed = ffk.pack_weight_only(q, torch.rand(n, k // 128, device=device), bits=bits, group_size=128)
+            rows.append(Row(
+                f"weight_only_linear int{bits} {m} x {k} x {n}", lambda a=x, p=packed: ffk.weight_only_linear(a, p),
+                2 * m * k + n * k * bits // 8 + 2 * m * n, operations, "int8", bfloat16,
+            ))  # fmt: skip
     return rows
 
 
@@ -196,6 +236,8 @@ def main() -> None:
           f"int8 {limits['int8'] / 1e9:.0f} GOP/s")  # fmt: skip
     shapes = shapes[:2] if options.quick else shapes
     rows = [*elementwise_rows(device, size), *linear_rows(device, shapes), *conv_rows(device)]
+    if device.type != "cpu":
+        rows += weight_rows(device, shapes)
     for row in rows:
         if options.only in row.name:
             print(report(row, limits, device, repeats), flush=True)

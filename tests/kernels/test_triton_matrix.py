@@ -1,12 +1,10 @@
-"""The matrix and neighbour Triton kernels in Triton's interpreter, against the exact references."""
+"""The matrix and neighbour Triton kernels, on a GPU or in Triton's interpreter, against the exact references."""
 
 import itertools
-import os
 
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 import fastforward_kernels as ffk
@@ -23,6 +21,8 @@ from fastforward_kernels.triton import (
     observe,
     weight_only,
 )
+
+from tests.kernels.device import run
 
 FLOAT = (torch.float32, None, None)
 INT8 = (torch.int8, torch.tensor(0.05), torch.tensor(3, dtype=torch.int32))
@@ -67,10 +67,10 @@ def test_int8_linear(case, size):
     rest = (*packed, floats((n,), 5), floats((m, n), 6) if with_residual else None, activation, *out)
     if x_dtype.is_floating_point:
         arguments = (x, x_scale, x_zero_point, low, high, *rest)
-        y, expected = int8_matmul.int8_linear_quantizing(*arguments), exact.int8_linear_quantizing(*arguments)
+        y, expected = run(int8_matmul.int8_linear_quantizing, *arguments), exact.int8_linear_quantizing(*arguments)
     else:
         arguments = (x, x_scale, x_zero_point, *rest)
-        y, expected = int8_matmul.int8_linear(*arguments), exact.int8_linear(*arguments)
+        y, expected = run(int8_matmul.int8_linear, *arguments), exact.int8_linear(*arguments)
     assert torch.equal(y, expected)
 
 
@@ -78,7 +78,7 @@ def test_int8_linear(case, size):
 def test_activations_against_float64(activation):
     packed = ffk.pack_linear_weight(integers((64, 64), seed=1), torch.full((64,), 0.0003))
     arguments = (integers((32, 64)), torch.tensor(0.1), int32(3), *packed, None, None)
-    y = int8_matmul.int8_linear(*arguments, activation, *FLOAT)
+    y = run(int8_matmul.int8_linear, *arguments, activation, *FLOAT)
     before = exact.int8_linear(*arguments, "none", *FLOAT)
     assert (y - epilogue.ACTIVATIONS[activation](before.double())).abs().max() <= 1e-6
 
@@ -87,9 +87,9 @@ def test_activations_against_float64(activation):
 def test_requantizing_is_quantizing_the_result(zero_point):
     packed = ffk.pack_linear_weight(integers((64, 8), seed=1).clamp(-3, 3), torch.ones(64))
     arguments = (integers((32, 8)).clamp(-8, 8), torch.tensor(0.5), None, *packed, None, None, "none")
-    y = int8_matmul.int8_linear(*arguments, *FLOAT)
+    y = run(int8_matmul.int8_linear, *arguments, *FLOAT)
     grid = (torch.tensor(1.0), int32(zero_point))
-    q = int8_matmul.int8_linear(*arguments, torch.int8, *grid)
+    q = run(int8_matmul.int8_linear, *arguments, torch.int8, *grid)
     assert (y % 1 == 0.5).any() and torch.equal(q, ffk.quantize(y, *grid, -128, 127, torch.int8))
 
 
@@ -98,7 +98,7 @@ def test_splitting_the_inner_axis_changes_nothing(split, monkeypatch):
     monkeypatch.setattr(int8_matmul, "_splits", lambda *_: split)
     packed = ffk.pack_linear_weight(integers((70, 500), seed=1), torch.rand(70), integers((70,), seed=2).int())
     arguments = (integers((3, 500), torch.uint8), torch.tensor(0.1), int32(9), *packed, None, None, "relu", *INT8)
-    assert torch.equal(int8_matmul.int8_linear(*arguments), exact.int8_linear(*arguments))
+    assert torch.equal(run(int8_matmul.int8_linear, *arguments), exact.int8_linear(*arguments))
 
 
 @pytest.mark.parametrize("types", list(itertools.product((torch.int8, torch.uint8), repeat=2)), ids=str)
@@ -107,7 +107,7 @@ def test_batched_product(types):
     scale = torch.tensor(0.01)
     for za, zb in itertools.product((None, int32(5)), (None, int32(-7))):
         arguments = (a, scale, za, b, scale, zb, *FLOAT)
-        assert torch.equal(int8_matmul.int8_matmul(*arguments), exact.int8_matmul(*arguments))
+        assert torch.equal(run(int8_matmul.int8_matmul, *arguments), exact.int8_matmul(*arguments))
 
 
 CONVOLUTIONS = [  # channels, outputs, kernel, stride, padding, dilation, groups
@@ -133,7 +133,7 @@ def test_int8_convolution(case, dims, x_dtype, zero_points):
     plain = exact.int8_conv(*inputs, None, *geometry, groups, "none", *FLOAT)
     for residual, out in ((None, INT8), (floats(plain.shape, 3), FLOAT)):
         arguments = (*inputs, residual, *geometry, groups, "relu", *out)
-        y, expected = int8_conv.int8_conv(*arguments), exact.int8_conv(*arguments)
+        y, expected = run(int8_conv.int8_conv, *arguments), exact.int8_conv(*arguments)
         assert torch.equal(y, expected) and y.stride() == expected.stride()
 
 
@@ -141,7 +141,7 @@ def test_int8_convolution(case, dims, x_dtype, zero_points):
 def test_float8_linear_against_float64(float8):
     x, weight = floats((33, 100)).to(float8), floats((70, 100), 1).to(float8)
     x_scale, weight_scale, bias = torch.rand(33) + 0.5, torch.rand(70) + 0.5, floats((70,), 2)
-    y = float8_matmul.float8_linear(x, x_scale, weight, weight_scale, bias, torch.float32)
+    y = run(float8_matmul.float8_linear, x, x_scale, weight, weight_scale, bias, torch.float32)
     expected = (x.double() @ weight.double().t()) * x_scale[:, None].double() * weight_scale.double() + bias
     magnitude = (x.double().abs() @ weight.double().abs().t()) * x_scale[:, None] * weight_scale + bias.abs()
     assert ((y - expected).abs() / magnitude).max() <= 1e-6
@@ -150,7 +150,7 @@ def test_float8_linear_against_float64(float8):
 def test_float8_that_the_target_lacks_is_left_to_the_reference():
     x = floats((4, 32)).to(torch.float8_e4m3fnuz)
     assert torch.float8_e4m3fnuz not in float8_matmul.NATIVE["interpreter"]
-    y = float8_matmul.float8_linear(x, torch.tensor(1.0), x, torch.tensor(1.0), None, torch.float32)
+    y = run(float8_matmul.float8_linear, x, torch.tensor(1.0), x, torch.tensor(1.0), None, torch.float32)
     assert torch.allclose(y, x.float() @ x.float().t())
 
 
@@ -164,7 +164,7 @@ def test_weight_only_linear(bits, group_size, dtype):
     scale, x = torch.rand(70, k // group_size), floats((20, k)).to(dtype)
     for zero_point in (None, torch.randint(-8, 8, scale.shape, dtype=torch.int32)):
         packed = ffk.pack_weight_only(q, scale, zero_point, bits=bits, group_size=group_size)
-        y = weight_only.weight_only_linear(x, *packed, None)
+        y = run(weight_only.weight_only_linear, x, *packed, None)
         weight = exact.dequantized(*packed, dtype).double()
         magnitude = x.double().abs() @ weight.abs().t()
         error = (y.double() - x.double() @ weight.t()).abs() / magnitude
@@ -180,10 +180,10 @@ def test_float8_grid_of_every_bfloat16_number(float8):
     x = every[every.isfinite()]
     x = torch.cat((x, torch.tensor([float("inf"), -float("inf")], dtype=torch.bfloat16)))
     arguments = (x, torch.tensor(1.0), float8, [])
-    assert torch.equal(float8_grid.fake_quantize_float8(*arguments), reference.fake_quantize_float8(*arguments))
-    y = float8_grid.quantize_float8(x.float() * 1.01, torch.tensor(0.3), float8, []).float()
+    assert torch.equal(run(float8_grid.fake_quantize_float8, *arguments), reference.fake_quantize_float8(*arguments))
+    y = run(float8_grid.quantize_float8, x.float() * 1.01, torch.tensor(0.3), float8, []).float()
     assert torch.equal(y, reference.quantize_float8(x.float() * 1.01, torch.tensor(0.3), float8, []).float())
-    assert float8_grid.fake_quantize_float8(torch.tensor([float("nan")]), torch.tensor(1.0), float8, []).isnan()
+    assert run(float8_grid.fake_quantize_float8, torch.tensor([float("nan")]), torch.tensor(1.0), float8, []).isnan()
 
 
 X, Y = integers((2, 3, 6, 16)), integers((2, 3, 6, 16), seed=1)
@@ -203,30 +203,32 @@ NEIGHBOURS = {
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_neighbours(name):
     kernel, definition, arguments = getattr(neighbours, name), getattr(exact_neighbours, name), NEIGHBOURS[name]
-    q, expected = kernel(*arguments, *INT8), definition(*arguments, *INT8)
+    q, expected = run(kernel, *arguments, *INT8), definition(*arguments, *INT8)
     assert q.dtype == torch.int8 and (q.int() - expected.int()).abs().max() <= (name == "softmax")
-    assert torch.allclose(kernel(*arguments, *FLOAT), definition(*arguments, *FLOAT), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(run(kernel, *arguments, *FLOAT), definition(*arguments, *FLOAT), rtol=1e-6, atol=1e-6)
 
 
 def test_lookup_and_max_pool():
     table = floats((256,))
-    assert torch.equal(neighbours.lookup(X, table), exact_neighbours.lookup(X, table))
+    assert torch.equal(run(neighbours.lookup, X, table), exact_neighbours.lookup(X, table))
     pool = ([3, 3], [2, 2], [1, 1])
-    assert torch.equal(neighbours.max_pool2d(X, *pool), exact_neighbours.max_pool2d(X, *pool))
+    assert torch.equal(run(neighbours.max_pool2d, X, *pool), exact_neighbours.max_pool2d(X, *pool))
 
 
 @pytest.mark.parametrize("tile", [[], [1, -1], [-1, 1], [1, 8], [8, -1], [8, 8]], ids=str)
 def test_min_max(tile):
     x = floats((16, 24))
-    assert all(torch.equal(a, b) for a, b in zip(observe.min_max(x, tile), reference.min_max(x, tile), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(observe.min_max, x, tile), reference.min_max(x, tile), strict=True)
+    )
     x[3, 4] = float("nan")
-    assert observe.min_max(x, tile)[0].isnan().sum() == 1
+    assert run(observe.min_max, x, tile)[0].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("bins", [100, 256])
 def test_histogram(bins):
     x = floats((9000,))
-    assert torch.equal(observe.histogram(x, -2.0, 2.5, bins), reference.histogram(x, -2.0, 2.5, bins))
+    assert torch.equal(run(observe.histogram, x, -2.0, 2.5, bins), reference.histogram(x, -2.0, 2.5, bins))
 
 
 def test_every_launch_says_whether_it_was_measured():
