@@ -20,31 +20,41 @@ from typing import Any
 import fastforward_kernels as ffk
 import torch
 
-SIZES = {"m<=16": 1, "m<=64": 64, "m>64": 4096}
+SIZES = {"vector": 1, "m<=16": 8, "m<=64": 64, "m>64": 4096}
 ROWS = {"m<=16": (16,), "m<=64": (16, 64), "m>64": (64, 128)}
+FLOAT8_ROWS = {"m<=16": (64,), "m<=64": (64,), "m>64": (64, 128)}  # fewer rows are no float8 product on sm_90
 N, K = 4096, 4096
 BLOCKS = {
     "fake_quantize": {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (4, 8)},
     "int8_matmul": {
         "BLOCK_M": (16, 64, 128),
-        "BLOCK_N": (64, 128, 256),
-        "BLOCK_K": (64, 128),
+        "BLOCK_N": (16, 32, 64, 128, 256),
+        "BLOCK_K": (64, 128, 256),
         "GROUP_M": (8,),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },
 }
+VECTOR = {"BLOCK_N": (2, 4, 8, 16), "BLOCK_K": (512, 1024, 2048), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 BLOCKS["float8_matmul"] = BLOCKS["int8_matmul"]
 BLOCKS["weight_only"] = {**BLOCKS["int8_matmul"], "BLOCK_K": (32, 64, 128)}
 
 
 def candidates(family: str, size: str) -> Iterator[dict[str, int]]:
     """Yield configurations worth trying."""
-    space = BLOCKS[family]
+    space = VECTOR if size == "vector" else BLOCKS[family]
+    if (family, size) == ("int8_matmul", "m<=16"):
+        space = {**space, "SPLIT_K": (1, 4)}
+    rows = (FLOAT8_ROWS if family == "float8_matmul" else ROWS).get(size)
     for values in itertools.product(*space.values()):
         config = dict(zip(space, values, strict=True))
-        if config.get("BLOCK_M", 16) in ROWS.get(size, (16,)):
+        if rows is None or (config["BLOCK_M"] in rows and _fills(config, size)):
             yield config
+
+
+def _fills(config: dict[str, int], size: str) -> bool:
+    """Whether the tile of the weight suits so many rows: others were never the fastest."""
+    return 2**11 <= config["BLOCK_N"] * config["BLOCK_K"] <= 2**15 and (size == "m>64") == (config["BLOCK_N"] > 64)
 
 
 def workload(family: str, size: str, device: torch.device) -> Callable[[], Any]:
@@ -112,6 +122,7 @@ def main() -> int:
     """Tune and write; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--family", action="append", choices=list(BLOCKS))
+    parser.add_argument("--size", action="append", help='such as "m<=16"; all of them without')
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--dry-run", action="store_true", help="print the table instead of writing it")
     options = parser.parse_args()

@@ -13,6 +13,7 @@ from fastforward.integer.folding import Folded, Norm
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import IntegerLayer, become, require_known
 from fastforward.integer.layout import contiguous, laid_out, padded
+from fastforward.integer.tracing import is_exporting
 from fastforward.integer.unfolded import conv_int_mm
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
@@ -323,7 +324,7 @@ class IntegerConv(IntegerLayer):
         batched = input.dim() == self._dimensions
         codes = self.grid.traced_codes(input if batched else input.unsqueeze(0))
         # A program cannot carry oneDNN's packed weight into another process.
-        y = self._unfolded(codes) if torch.compiler.is_exporting() else self.compute(codes, self.epilogue)
+        y = self._unfolded(codes) if is_exporting() else self.compute(codes, self.epilogue)
         y = (y if batched else y.squeeze(0)).to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 

@@ -53,7 +53,7 @@ class Grid:
         self._place(torch.device("cpu"))
 
     def on(self, device: torch.device) -> "Placed":
-        """Scale and zero point as tensors on ``device``; kept, since a CUDA graph cannot bring them there."""
+        """Scale and zero point as tensors on ``device``, and the smoothing there too: a CUDA graph cannot move them."""
         if self._placed.scale.device != device:
             self._place(device)
         return self._placed
@@ -64,6 +64,8 @@ class Grid:
             torch.tensor(self.zero_point, dtype=torch.int32, device=device),
             torch.tensor(1.0 / self.scale, dtype=torch.float32, device=device),
         )
+        if self.inverse_smoothing is not None and self.inverse_smoothing.device != device:
+            self.inverse_smoothing = self.inverse_smoothing.to(device)
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes of a plain floating tensor: uint8, same shape, memory laid out like ``x``."""

@@ -11,6 +11,7 @@ from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.int_mm import int_mm
 from fastforward.integer.layer import IntegerLayer, become, require_known
+from fastforward.integer.tracing import is_exporting
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
@@ -196,7 +197,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         """The same computation in operators that compilers and exporters understand."""
         codes = self.grid.traced_codes(input).reshape(-1, self.in_features)
         # An exported program is to run without our operators.
-        if torch.compiler.is_exporting() or codes.shape[0] <= _FEW_ROWS:
+        if is_exporting() or (self._device == "cpu" and codes.shape[0] <= _FEW_ROWS):
             product = int_mm(codes, self.weight_int8.t())
             y = torch.addcmul(self.epilogue.compensated, product, self.epilogue.factor)
         else:

@@ -33,7 +33,7 @@ class Row:
 def interleaved(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
     """Return the median seconds of every call, taken in turn so that a busy moment hits all of them.
 
-    On a GPU it is the time of the device alone, with its cache emptied before each call.
+    On a GPU it is the device's time, with its cache emptied before each call.
     """
     if device.type != "cpu":
         from triton.testing import do_bench
@@ -205,14 +205,27 @@ def ceilings(device: torch.device, size: int, repeats: int) -> dict[str, float]:
     return {"copy": 8 * x.numel() / taken["copy"], **{kind: 2 * n**3 / taken[kind] for kind in ("float32", "int8")}}
 
 
+def issuing(call: Callable[[], object], repeats: int = 50) -> float:
+    """Return the seconds in which the processor hands a call to the GPU; bursts do not fill its queue."""
+    taken = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        taken.append((time.perf_counter() - start) / repeats)
+    return statistics.median(taken)
+
+
 def report(row: Row, limits: dict[str, float], device: torch.device, repeats: int) -> str:
     taken = interleaved({"ours": row.ours, **row.others}, device, repeats)
     seconds = taken.pop("ours")
+    host = "" if device.type == "cpu" else f" host {issuing(row.ours) * 1e6:3.0f} us"
     achieved = row.operations / seconds if row.kind != "copy" else row.bytes / seconds
     share = achieved / limits[row.kind]
     ratios = ", ".join(f"{time / seconds:.2f}x of {name}" for name, time in taken.items())
     rate = f"{row.bytes / seconds / 1e9:7.1f} GB/s {row.operations / seconds / 1e9:8.1f} GOP/s"
-    return f"{row.name:48} {seconds * 1e6:10.1f} us {rate}  {share:5.0%} of {row.kind:5}  speed {ratios or '-'}"
+    return f"{row.name:48} {seconds * 1e6:10.1f} us {rate}  {share:5.0%} of {row.kind:5}{host}  speed {ratios or '-'}"
 
 
 def main() -> None:

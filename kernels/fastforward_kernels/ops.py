@@ -23,6 +23,11 @@ def _like_second(_: Tensor, x: Tensor, *__: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+def _fake_quantize_out(*arguments: Any) -> None:
+    *rest, out = arguments
+    out.copy_(reference.fake_quantize(*rest))
+
+
 def _shape_quantize(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=rest[-2])
 
@@ -81,8 +86,9 @@ ZERO_CLIPPED: Callable[..., Tensor] = define(
 )
 FAKE_QUANTIZE_OUT: Callable[..., Tensor] = define(
     f"fake_quantize_out(Tensor x, {GRID}, Tensor(a!) out) -> ()",
-    reference=lambda *args: args[-1].copy_(reference.fake_quantize(*args[:-1])) and None,
+    reference=_fake_quantize_out,
     cpu=cpu_fake_quantize.fake_quantize_out,
+    triton="fake_quantize:fake_quantize_out",
     fake=lambda *_: None,
 )
 FAKE_QUANTIZE_FLOAT8: Callable[..., Tensor] = define(

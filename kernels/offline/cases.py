@@ -190,10 +190,10 @@ def _float8(target: str) -> Iterator[Case]:
 def _weight_only(target: str) -> Iterator[Case]:
     types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "scale_ptr": "*fp32", "zero_point_ptr": "*i32", "bias_ptr": "*bf16"}
     for size, blocks, options in _sizes("weight_only", target):
+        kernel = weight_only.vector_kernel if size == "vector" else weight_only.weight_only_kernel
         for bits, stored in ((4, "*u8"), (8, "*i8")):
             flags = {"BITS": bits, "GROUP_SIZE": 128, "ZERO_POINT": bits == 4, "BIAS": True}
             data = {**types, "weight_ptr": stored}
-            kernel = weight_only.weight_only_kernel
             yield _matrix(
                 f"int{bits} weight-only {size}", kernel, data, {**flags, **blocks}, options, None, exact=False
             )

@@ -36,6 +36,13 @@ def test_fake_quantize_is_that_of_torch(dtype, axis):
     assert torch.equal(x.grad, theirs_x.grad)
 
 
+def test_into_memory_that_exists(grid):
+    x = torch.randn(33, 65, device="cuda")
+    assert torch.equal(
+        ffk.fake_quantize_out(x, *grid, -128, 127, out=torch.empty_like(x)), ffk.fake_quantize(x, *grid, -128, 127)
+    )
+
+
 def test_more_than_two_to_the_31_elements(grid):
     rows, columns = 2**16 + 1, 2**15 + 8
     x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").uniform_(-8, 8)

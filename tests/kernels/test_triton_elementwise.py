@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from fastforward_kernels import reference, tiling
 from fastforward_kernels.triton import fake_quantize as kernels
 
-from tests.kernels.device import run
+from tests.kernels.device import DEVICE, moved, run
 from tests.kernels.exact import assert_lsq_sums
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,6 +78,16 @@ def test_grids_ties_and_special_values(grid):
     args = (torch.tensor(0.25), torch.tensor(0, dtype=torch.int32), *grid, [])
     y, expected = run(kernels.fake_quantize, x, *args), reference.fake_quantize(x, *args)
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y[~y.isnan()], expected[~y.isnan()])
+
+
+@pytest.mark.parametrize("tile", [[], [1, -1], [1, 2]])
+def test_into_memory_that_exists(tile):
+    x, *grid = arguments((6, 8), tile, torch.float32)
+    expected = reference.fake_quantize(x, *grid)
+    x, *grid = moved([x, *grid], DEVICE)
+    for out in (torch.empty_like(x), torch.empty_like(x.t()).t(), x):
+        kernels.fake_quantize_out(x, *grid, out)
+        assert torch.equal(out.cpu(), expected)
 
 
 def test_strided_tensors_keep_their_layout():

@@ -256,6 +256,19 @@ def fake_quantize(
     return _deliver(out, buffer)
 
 
+def fake_quantize_out(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, tile: Sequence[int], out: Tensor
+) -> None:
+    """Write :func:`reference.fake_quantize` into ``out``."""
+    matrix = _planned(x, scale, zero_point, tile)
+    if matrix is None:
+        out.copy_(reference.fake_quantize(x, scale, zero_point, qmin, qmax, tile))
+        return
+    buffer = _into(out)
+    _forward(x, buffer, None, scale, zero_point, qmin, qmax, matrix, mode=0)
+    _deliver(out, buffer)
+
+
 def _forward(
     x: Tensor,
     out: Tensor,

@@ -252,7 +252,7 @@ def _run(
     n = weight.shape[1]
     x = x if x.stride(2) == 1 else x.contiguous()
     options = launch.config("int8_matmul", launch.rows_bucket(m), x.device)
-    split = _splits(batch, m, n, k, options, x.device)
+    split = options.pop("SPLIT_K", None) or _splits(batch, m, n, k, options, x.device)
     blocks = {key: options.pop(key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
     shift = 128 if x.dtype == torch.uint8 or (grid_of_x is not None and grid_of_x[0] >= 0) else 0
     has_zero = x_zero_point is not None or shift != 0

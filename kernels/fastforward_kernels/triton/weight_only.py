@@ -17,6 +17,8 @@ from fastforward_kernels.triton import launch
 from fastforward_kernels.triton.int8_matmul import tile_of
 from fastforward_kernels.triton.numerics import INTERPRETED, to_dtype
 
+VECTOR_ROWS = 4  # with so few rows the weight is read once per row: the matrix unit would not pay
+
 
 @triton.jit
 def as_float(q):
@@ -83,6 +85,61 @@ def weight_only_kernel(
     tl.store(out_ptr + offsets, to_dtype(acc, out_ptr.dtype.element_ty), mask=exists)
 
 
+@triton.jit
+def vector_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    bias_ptr,
+    n,
+    k,
+    groups,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One row ``x [k]`` per second program axis: no matrix unit, each group is summed and then scaled once."""
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_columns, row = (columns % n).to(tl.int64), tl.program_id(1).to(tl.int64)
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
+    PER_BYTE: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = GROUP_SIZE // PER_BYTE
+    group, lane = tl.arange(0, GROUPS), tl.arange(0, BYTES)
+    byte = group[:, None] * BYTES + lane[None, :]
+    depth = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_N, GROUPS), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        known = start // GROUP_SIZE + group < groups
+        exists = known[None, :, None]
+        place = safe_columns[:, None, None] * (k // PER_BYTE) + (start // PER_BYTE + byte)[None, :, :]
+        packed = tl.load(weight_ptr + place, mask=exists, other=0)
+        x = tl.load(x_ptr + row * k + start + depth, mask=start + depth < k, other=0.0).to(tl.float32)
+        index = safe_columns[:, None] * groups + (start // GROUP_SIZE + group)[None, :]
+        scale = tl.load(scale_ptr + index, mask=known[None, :], other=0.0)
+        zero_point = tl.zeros((BLOCK_N, GROUPS), dtype=tl.float32)
+        if ZERO_POINT:
+            zero_point = tl.load(zero_point_ptr + index, mask=known[None, :], other=0).to(tl.float32)
+        if BITS == 4:
+            even, odd = tl.split(tl.reshape(x, (GROUPS, BYTES, 2)))
+            zero = (8388608.0 + zero_point)[:, :, None]
+            products = (as_float(packed & 15) - zero) * even[None, :, :] + (as_float(packed >> 4) - zero) * odd[
+                None, :, :
+            ]
+        else:
+            zero = (8388736.0 + zero_point)[:, :, None]
+            products = (as_float(packed.to(tl.uint8, bitcast=True) ^ 128) - zero) * tl.reshape(x, (1, GROUPS, BYTES))
+        acc += tl.sum(products, axis=2) * scale
+    y = tl.sum(acc, axis=1)
+    if BIAS:
+        y += tl.load(bias_ptr + safe_columns).to(tl.float32)
+    tl.store(out_ptr + row * n + columns, to_dtype(y, out_ptr.dtype.element_ty), mask=columns < n)
+
+
 def weight_only_linear(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, bias: Tensor | None
 ) -> Tensor:
@@ -93,13 +150,19 @@ def weight_only_linear(
         return reference.weight_only_linear(x, weight, scale, zero_point, group_size, bias)
     m = rows.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    options = launch.config("weight_only", launch.rows_bucket(m), x.device)
-    # a block must lie in one group and its length be a power of two: the largest that divides the group
-    options["BLOCK_K"] = min(options["BLOCK_K"], group_size & -group_size)
-    grid = (launch.ceil_div(m, options["BLOCK_M"]) * launch.ceil_div(n, options["BLOCK_N"]),)
     tensors = (rows, weight, out, scale, scale if zero_point is None else zero_point, scale if bias is None else bias)
-    weight_only_kernel[grid](
-        *tensors, m, n, k, k // group_size, BITS=8 if weight.dtype == torch.int8 else 4, GROUP_SIZE=group_size,
-        ZERO_POINT=zero_point is not None, BIAS=bias is not None, **options,
-    )  # fmt: skip
+    flags = {
+        "BITS": 8 if weight.dtype == torch.int8 else 4, "GROUP_SIZE": group_size,
+        "ZERO_POINT": zero_point is not None, "BIAS": bias is not None,
+    }  # fmt: skip
+    if m <= VECTOR_ROWS and group_size & (group_size - 1) == 0:
+        options = launch.config("weight_only", "vector", x.device)
+        options["BLOCK_K"] = max(group_size, min(options["BLOCK_K"], launch.power_of_two(k)))
+        vector_kernel[(launch.ceil_div(n, options["BLOCK_N"]), m)](*tensors, n, k, k // group_size, **flags, **options)
+    else:
+        options = launch.config("weight_only", launch.rows_bucket(m), x.device)
+        # a block must lie in one group and its length be a power of two: the largest that divides the group
+        options["BLOCK_K"] = min(options["BLOCK_K"], group_size & -group_size)
+        grid = (launch.ceil_div(m, options["BLOCK_M"]) * launch.ceil_div(n, options["BLOCK_N"]),)
+        weight_only_kernel[grid](*tensors, m, n, k, k // group_size, **flags, **options)
     return out.reshape(*x.shape[:-1], n)
