@@ -20,12 +20,12 @@ from typing import Any
 import fastforward_kernels as ffk
 import torch
 
-SIZES = {"vector": 1, "m<=16": 8, "m<=64": 64, "m>64": 4096}
+SIZES = {"vector": 1, "dequantize": 512, "m<=16": 8, "m<=64": 64, "m>64": 4096}
 ROWS = {"m<=16": (16,), "m<=64": (16, 64), "m>64": (64, 128)}
 FLOAT8_ROWS = {"m<=16": (64,), "m<=64": (64,), "m>64": (64, 128)}  # fewer rows are no float8 product on sm_90
-N, K = 4096, 4096
+N, K, CHANNELS = 4096, 4096, 256
 BLOCKS = {
-    "fake_quantize": {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (4, 8)},
+    "fake_quantize": {"BLOCK": (512, 1024, 2048, 4096, 8192), "num_warps": (4, 8)},
     "int8_matmul": {
         "BLOCK_M": (16, 64, 128),
         "BLOCK_N": (16, 32, 64, 128, 256),
@@ -35,14 +35,33 @@ BLOCKS = {
         "num_stages": (2, 3, 4),
     },
 }
-VECTOR = {"BLOCK_N": (2, 4, 8, 16), "BLOCK_K": (512, 1024, 2048), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+ELEMENTS = {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8)}
+BLOCKS["histogram"] = {"BLOCK": (1024, 4096, 8192, 16384), "num_warps": (4, 8, 16)}
+BLOCKS["int8_conv"] = {
+    "BLOCK_M": (32, 64, 128),
+    "BLOCK_N": (32, 64, 128),
+    "BLOCK_K": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
+SPECIAL = {  # sizes with kernels of their own
+    "vector": {"BLOCK_N": (1, 2, 4, 8), "BLOCK_K": (1024, 2048, 4096), "num_warps": (1, 2, 4, 8), "num_stages": (1, 2)},
+    "dequantize": ELEMENTS,
+    "depthwise": {
+        "BLOCK_M": (16, 32, 64),
+        "BLOCK_N": (32, 64),
+        "BLOCK_K": (32,),
+        "num_warps": (2, 4, 8),
+        "num_stages": (1,),
+    },
+}
 BLOCKS["float8_matmul"] = BLOCKS["int8_matmul"]
 BLOCKS["weight_only"] = {**BLOCKS["int8_matmul"], "BLOCK_K": (32, 64, 128)}
 
 
 def candidates(family: str, size: str) -> Iterator[dict[str, int]]:
     """Yield configurations worth trying."""
-    space = VECTOR if size == "vector" else BLOCKS[family]
+    space = SPECIAL.get(size, BLOCKS[family])
     if (family, size) == ("int8_matmul", "m<=16"):
         space = {**space, "SPLIT_K": (1, 4)}
     rows = (FLOAT8_ROWS if family == "float8_matmul" else ROWS).get(size)
@@ -63,6 +82,17 @@ def workload(family: str, size: str, device: torch.device) -> Callable[[], Any]:
     if family == "fake_quantize":
         x = torch.randn(N, K, device=device, dtype=torch.bfloat16)
         return lambda: ffk.fake_quantize(x, scale, zero, -128, 127)
+    if family == "histogram":
+        x = torch.randn(N, K, device=device)
+        return lambda: ffk.histogram(x, -4.0, 4.0)
+    if family == "int8_conv":
+        groups = CHANNELS if size == "depthwise" else 1
+        x = torch.randint(0, 256, (16, CHANNELS, 28, 28), dtype=torch.uint8, device=device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        q = torch.randint(-128, 128, (CHANNELS, CHANNELS // groups, 3, 3), dtype=torch.int8, device=device)
+        filters = ffk.pack_conv_weight(q, torch.rand(CHANNELS, device=device))
+        after = {"out_dtype": torch.uint8, "out_scale": scale, "out_zero_point": zero}
+        return lambda: ffk.int8_conv(x, scale, zero, filters, padding=1, groups=groups, **after)
     m = SIZES[size]
     x = torch.randn(m, K, device=device, dtype=torch.bfloat16)
     q = torch.randint(-128, 128, (N, K), dtype=torch.int8, device=device)
@@ -81,9 +111,10 @@ def workload(family: str, size: str, device: torch.device) -> Callable[[], Any]:
 
 def use(family: str, size: str, config: dict[str, int], device: torch.device) -> None:
     """Let the next launches of that size take ``config``."""
-    from fastforward_kernels.triton import launch
+    from fastforward_kernels.triton import fake_quantize, int8_matmul, launch
 
-    launch._config.cache_clear()
+    for kept in (launch._config, fake_quantize.blocks, int8_matmul.blocks):
+        kept.cache_clear()
     launch.table()[family].setdefault(launch.architecture(device), {})[size] = config
 
 

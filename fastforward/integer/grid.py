@@ -50,7 +50,7 @@ class Grid:
     _placed: "Placed" = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self._place(torch.device("cpu"))
+        self._place(torch.device("cpu") if self.inverse_smoothing is None else self.inverse_smoothing.device)
 
     def on(self, device: torch.device) -> "Placed":
         """Scale and zero point as tensors on ``device``, and the smoothing there too: a CUDA graph cannot move them."""

@@ -190,6 +190,13 @@ def _float8(target: str) -> Iterator[Case]:
 def _weight_only(target: str) -> Iterator[Case]:
     types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "scale_ptr": "*fp32", "zero_point_ptr": "*i32", "bias_ptr": "*bf16"}
     for size, blocks, options in _sizes("weight_only", target):
+        if size == "dequantize":
+            for bits, stored in ((4, "*u8"), (8, "*i8")):
+                flags = {"BITS": bits, "GROUP_SIZE": 128, "ZERO_POINT": True, **blocks}
+                data = {**types, "weight_ptr": stored}
+                options = {**options, **EXACT}
+                yield _elementwise(f"int{bits} dequantize", weight_only.dequantize_kernel, data, flags, options=options)
+            continue
         kernel = weight_only.vector_kernel if size == "vector" else weight_only.weight_only_kernel
         for bits, stored in ((4, "*u8"), (8, "*i8")):
             flags = {"BITS": bits, "GROUP_SIZE": 128, "ZERO_POINT": bits == 4, "BIAS": True}

@@ -160,7 +160,7 @@ def test_float8_that_the_target_lacks_is_left_to_the_reference():
     (4, 32, torch.bfloat16), (4, 64, torch.float32), (4, 128, torch.float16), (4, 256, torch.float32),
     (8, 32, torch.float32), (8, 128, torch.bfloat16), (8, 96, torch.float32),
 ])  # fmt: skip
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", [1, 3, 20, 130])
 def test_weight_only_linear(bits, group_size, dtype, rows):
     k = 768 if group_size in (96, 128) else 256
     q = integers((70, k)).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -173,6 +173,17 @@ def test_weight_only_linear(bits, group_size, dtype, rows):
         expected = x.double() @ weight.t() + floats((70,)).to(dtype).double()
         error = (y.double() - expected).abs() / magnitude
         assert error.max() <= {torch.float32: ORDER, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+
+
+@pytest.mark.parametrize("group_size", [32, 96, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_in_floats(bits, group_size, dtype):
+    q = integers((7, 384)).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    scale = torch.rand(7, 384 // group_size)
+    for zero_point in (None, torch.randint(-8, 8, scale.shape, dtype=torch.int32)):
+        packed = ffk.pack_weight_only(q, scale, zero_point, bits=bits, group_size=group_size)
+        assert torch.equal(run(weight_only.dequantized, *packed, dtype), exact.dequantized(*packed, dtype))
 
 
 FLOAT8_GRIDS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)

@@ -6,6 +6,8 @@ program handles form a block of that matrix; offsets are 64-bit. What no plan fi
 
 # ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,17 +38,18 @@ class Plan(NamedTuple):
     column_length: int
 
 
-def plan(shape: tuple[int, ...], tile: Sequence[int], parameters: int) -> Plan | None:
+@functools.lru_cache(maxsize=4096)
+def plan(shape: tuple[int, ...], tile: tuple[int, ...], parameters: int) -> Plan | None:
     """Return how to see a contiguous tensor as a matrix; None if its tiles vary along more than two axes."""
     if parameters == 1:
-        return Plan(LAYOUT_ROWS, 1, launch.numel(shape), 1, 1, 0, 1)
-    layout = tiling.layout(shape, tuple(tile))
+        return Plan(LAYOUT_ROWS, 1, math.prod(shape), 1, 1, 0, 1)
+    layout = tiling.layout(shape, tile)
     view = layout.view
     kinds = "".join("d" if axis in layout.inside else "p" for axis in range(len(view)))
     if kinds in ("pd", "dpd"):
-        return Plan(LAYOUT_ROWS, launch.numel(view[:-1]), view[-1], 1, view[-2], 1, 1)
+        return Plan(LAYOUT_ROWS, math.prod(view[:-1]), view[-1], 1, view[-2], 1, 1)
     if kinds in ("dp", "p"):
-        return Plan(LAYOUT_COLUMNS, launch.numel(view[:-1]), view[-1], 1, 1, 0, 1)
+        return Plan(LAYOUT_COLUMNS, math.prod(view[:-1]), view[-1], 1, 1, 0, 1)
     if kinds == "pdp":
         return Plan(LAYOUT_TILES, view[0] * view[1], view[2], view[1], view[0], view[2], 1)
     if kinds == "pdpd":
@@ -212,8 +215,9 @@ def apply_mask_kernel(grad_ptr, mask_ptr, out_ptr, total, BLOCK: tl.constexpr):
     tl.store(out_ptr + offsets, tl.where((byte >> (offsets % 8).to(tl.int32)) & 1 != 0, grad, 0.0), mask=exists)
 
 
+@functools.lru_cache(maxsize=4096)
 def blocks(matrix: Plan, device: torch.device) -> tuple[tuple[int], dict[str, Any]]:
-    """Return the launch grid and the constants of a kernel over ``matrix``."""
+    """Return the launch grid and the constants of a kernel over ``matrix``; kept, since a call takes no longer."""
     options = launch.config("fake_quantize", "any", device)
     elements = options.pop("BLOCK")
     columns = min(launch.power_of_two(matrix.columns), elements)
@@ -227,10 +231,10 @@ def _planned(x: Tensor, scale: Tensor, zero_point: Tensor | None, tile: Sequence
     several = max(scale.numel(), 1 if zero_point is None else zero_point.numel())
     if not x.numel() or several != scale.numel() or (zero_point is not None and zero_point.numel() != several):
         return None
+    shape, sizes = tuple(x.shape), tuple(tile)
     if several > 1:
-        blocks_total = tiling.layout(tuple(x.shape), tuple(tile)).blocks
-        tiling.check_parameter("scale", several, blocks_total, x.shape, tile)
-    return plan(tuple(x.shape), tile, several)
+        tiling.check_parameter("scale", several, tiling.layout(shape, sizes).blocks, shape, tile)
+    return plan(shape, sizes, several)
 
 
 def _into(out: Tensor) -> Tensor:

@@ -265,8 +265,9 @@ def int8_conv(
     ]
     out = torch.empty((batch, *size, outputs), dtype=out_dtype, device=x.device)
     if out.numel():
-        zeros = torch.zeros((), dtype=torch.int32, device=x.device)
         unused = x_scale
+        missing = x_zero_point is None or (out_zero_point is None and out_scale is not None)
+        zeros = torch.zeros((), dtype=torch.int32, device=x.device) if missing else unused
         after = (bias, _channels_last(residual, one_dimensional), out_scale, _or(out_zero_point, zeros))
         _launch(
             (

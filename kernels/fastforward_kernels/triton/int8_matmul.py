@@ -7,6 +7,7 @@ are moved down by 128 in registers, which also halves the registers that sm_8x n
 
 # ruff: noqa: ANN001, ANN201, ANN202, D103 - kernels: Triton reads annotations itself
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+import functools
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from fastforward_kernels import epilogue
 from fastforward_kernels import reference_matmul as reference
-from fastforward_kernels.triton import launch
+from fastforward_kernels.triton import fake_quantize, launch
 from fastforward_kernels.triton.numerics import activated, clamp, finished, inverse, rint, signed
 
+QUANTIZED_ON_THE_WAY = 16  # rows: with more, every tile of columns would quantize the same rows again
 SPLIT_BELOW = 64  # rows: with fewer, tiles of the result do not fill a GPU and the inner axis is split
 
 
@@ -243,17 +245,16 @@ def _run(
     weight_grid: tuple[Any, ...],
     after: tuple[Any, ...],
     grid_of_x: tuple[int, int] | None = None,
-) -> Tensor:
-    """Launch over ``x [batch, m, k]`` and ``weight [batch, n, k]`` (strided); ``out [batch, m, n]``."""
+) -> None:
+    """Launch over ``x [batch, m, k]`` and ``weight [batch, n, k]`` (strided); ``out`` holds ``batch * m`` rows."""
     x_scale, x_zero_point = activation_grid
     weight_scale, weight_zero_point, sums = weight_grid
     bias, residual, activation, _, out_scale, out_zero_point = after
     batch, m, k = x.shape
     n = weight.shape[1]
     x = x if x.stride(2) == 1 else x.contiguous()
-    options = launch.config("int8_matmul", launch.rows_bucket(m), x.device)
-    split = options.pop("SPLIT_K", None) or _splits(batch, m, n, k, options, x.device)
-    blocks = {key: options.pop(key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+    grid, constants = blocks(batch, m, n, k, x.device)
+    split = grid[1]
     shift = 128 if x.dtype == torch.uint8 or (grid_of_x is not None and grid_of_x[0] >= 0) else 0
     has_zero = x_zero_point is not None or shift != 0
     if x_zero_point is None:
@@ -271,18 +272,26 @@ def _run(
         present[1] = residual.contiguous()
     partial = torch.zeros((m, n), dtype=torch.int32, device=x.device) if split > 1 else unused
     zero_points = (x_zero_point, weight_scale, unused if weight_zero_point is None else weight_zero_point, sums)
-    matmul_kernel[(launch.ceil_div(m, blocks["BLOCK_M"]) * launch.ceil_div(n, blocks["BLOCK_N"]), split, batch)](
+    matmul_kernel[grid](
         x, weight, out, x_scale, *zero_points, *present, partial, *map(float, grid_of_x or (0, 0)),
         m, n, k, x.stride(0), x.stride(1), *weight.stride(), *strides, n if batch > 1 else 0,
         QUANTIZE=grid_of_x is not None, X_ZERO_POINT=has_zero, WEIGHT_ZERO_POINT=weight_zero_point is not None,
-        UNSIGNED_SHIFT=shift, SPLIT_K=split, **blocks, **flags, **options, **launch.EXACT,
+        UNSIGNED_SHIFT=shift, **constants, **flags, **launch.EXACT,
     )  # fmt: skip
     if split > 1:
         finish_kernel[(launch.ceil_div(m, 16), launch.ceil_div(n, 128))](
             partial, out, x_scale, weight_scale, *present, m, n, *strides,
             BLOCK_M=16, BLOCK_N=128, **flags, **launch.EXACT,
         )  # fmt: skip
-    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def blocks(batch: int, m: int, n: int, k: int, device: torch.device) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return the launch grid (tiles, parts of the inner axis, batch) and the constants of a product of that size."""
+    options = launch.config("int8_matmul", launch.rows_bucket(m), device)
+    split = options.setdefault("SPLIT_K", _splits(batch, m, n, k, options, device))
+    tiles = launch.ceil_div(m, options["BLOCK_M"]) * launch.ceil_div(n, options["BLOCK_N"])
+    return (tiles, split if batch == 1 else 1, batch), {**options, "SPLIT_K": split if batch == 1 else 1}
 
 
 def _splits(batch: int, m: int, n: int, k: int, options: dict[str, Any], device: torch.device) -> int:
@@ -321,8 +330,15 @@ def int8_linear_quantizing(
     *after: Any,
 ) -> Tensor:
     """See :func:`reference_matmul.int8_linear_quantizing`."""
-    limits = (qmin, qmax)
-    return _linear(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, weight_sums, after, limits)
+    factors = (weight, weight_scale, weight_zero_point, weight_sums)
+    if x.numel() > QUANTIZED_ON_THE_WAY * x.shape[-1]:
+        dtype = torch.uint8 if qmin >= 0 else torch.int8
+        scale, zero_point = _matching(x_scale, x_zero_point)
+        assert zero_point is not None
+        tile = [] if scale.numel() == 1 else [1] * (x.dim() - 1) + [-1]
+        codes = fake_quantize.quantize(x, scale, zero_point, qmin, qmax, dtype, tile)
+        return _linear(codes, scale, zero_point, *factors, after, None)
+    return _linear(x, x_scale, x_zero_point, *factors, after, (qmin, qmax))
 
 
 def _linear(
@@ -339,19 +355,22 @@ def _linear(
     _, _, activation, out_dtype, out_scale, _ = after
     epilogue.check(activation, out_dtype, out_scale)
     n, k = weight.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
     shape = (*x.shape[:-1], n)
-    rows = x.reshape(-1, k)
     if not rows.numel() or not n:
         factors = (x_scale, x_zero_point, weight, weight_scale, weight_zero_point, weight_sums)
         return reference.int8_linear(rows.to(torch.int8), *factors, *after).reshape(shape)
-    out = torch.empty((1, rows.shape[0], n), dtype=out_dtype, device=x.device)
+    out = torch.empty(shape, dtype=out_dtype, device=x.device)
     activation_grid = _matching(x_scale, x_zero_point)
     weight_grid = (weight_scale, weight_zero_point, weight_sums)
-    return _run(rows[None], weight.contiguous()[None], out, activation_grid, weight_grid, after, limits).reshape(shape)
+    _run(rows[None], weight.contiguous()[None], out, activation_grid, weight_grid, after, limits)
+    return out
 
 
 def _matching(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Give a zero point as many elements as its scale has."""
+    """Give a zero point as many elements as its scale has, both in one contiguous axis."""
+    if scale.dim() <= 1 and scale.is_contiguous() and (zero_point is None or zero_point.shape == scale.shape):
+        return scale, None if zero_point is None else zero_point.contiguous()
     if zero_point is None or zero_point.numel() == scale.numel():
         return scale.reshape(-1).contiguous(), None if zero_point is None else zero_point.reshape(-1).contiguous()
     count = max(scale.numel(), zero_point.numel())
@@ -384,4 +403,5 @@ def int8_matmul(
     out_tensor = torch.empty((a.shape[0], a.shape[1], b.shape[2]), dtype=out_dtype, device=a.device)
     after = (None, None, "none", out_dtype, out_scale, out_zero_point)
     weight_grid = (b_scale.reshape(1), None if zero is None else zero.reshape(1), sums.contiguous())
-    return _run(a, b.transpose(1, 2), out_tensor, _matching(a_scale, a_zero_point), weight_grid, after)
+    _run(a, b.transpose(1, 2), out_tensor, _matching(a_scale, a_zero_point), weight_grid, after)
+    return out_tensor

@@ -6,13 +6,10 @@ The table was chosen by compiling for each target and reading the result; entrie
 
 import functools
 import json
-import math
-import os
 import pathlib
 from typing import Any
 
 import torch
-from torch import Tensor
 
 TABLE = pathlib.Path(__file__).with_name("launch.json")
 NOT_MEASURED = "not yet measured on hardware"
@@ -71,13 +68,3 @@ def compute_units(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return 64 if device.type == "xpu" else 4
-
-
-def runs_here(tensor: Tensor) -> bool:
-    """Return whether a Triton kernel can take the tensor: it is on a GPU, or Triton is being interpreted."""
-    return tensor.device.type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    """Return the number of elements of a shape."""
-    return math.prod(shape)

@@ -103,7 +103,8 @@ def min_max(x: Tensor, tile: Sequence[int]) -> tuple[Tensor, Tensor]:
 def _matrix(x: Tensor, tile: Sequence[int]) -> Plan | None:
     if not x.numel() or x.dtype == torch.float64:
         return None
-    matrix = plan(tuple(x.shape), tile, tiling.layout(tuple(x.shape), tuple(tile)).blocks)
+    shape, sizes = tuple(x.shape), tuple(tile)
+    matrix = plan(shape, sizes, tiling.layout(shape, sizes).blocks)
     return None if matrix is None or matrix.kind == LAYOUT_TILES else matrix
 
 

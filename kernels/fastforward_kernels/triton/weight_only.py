@@ -17,6 +17,7 @@ from fastforward_kernels.triton import launch
 from fastforward_kernels.triton.int8_matmul import tile_of
 from fastforward_kernels.triton.numerics import INTERPRETED, to_dtype
 
+DEQUANTIZED_ROWS = 128  # with more, the plain product of a dequantized weight is faster than one that does both
 VECTOR_ROWS = 4  # with so few rows the weight is read once per row: the matrix unit would not pay
 
 
@@ -140,16 +141,48 @@ def vector_kernel(
     tl.store(out_ptr + row * n + columns, to_dtype(y, out_ptr.dtype.element_ty), mask=columns < n)
 
 
+@triton.jit
+def dequantize_kernel(
+    weight_ptr,
+    out_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    total,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The weight in floats, ``total`` of them: groups follow one another in memory."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = first + tl.arange(0, BLOCK)
+    exists = offsets < total
+    group = offsets // GROUP_SIZE
+    zero = 8388608.0 if BITS == 4 else 8388736.0
+    if ZERO_POINT:
+        zero += tl.load(zero_point_ptr + group, mask=exists, other=0).to(tl.float32)
+    if BITS == 4:
+        byte = first // 2 + tl.arange(0, BLOCK // 2)
+        packed = tl.load(weight_ptr + byte, mask=byte < total // 2, other=0)
+        values = tl.reshape(tl.join(as_float(packed & 15), as_float(packed >> 4)), (BLOCK,)) - zero
+    else:
+        values = as_float(tl.load(weight_ptr + offsets, mask=exists, other=0).to(tl.uint8, bitcast=True) ^ 128) - zero
+    values = values * tl.load(scale_ptr + group, mask=exists, other=0.0)
+    tl.store(out_ptr + offsets, to_dtype(values, out_ptr.dtype.element_ty), mask=exists)
+
+
 def weight_only_linear(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, bias: Tensor | None
 ) -> Tensor:
     """See :func:`reference_matmul.weight_only_linear`."""
     n, k = weight.shape[0], x.shape[-1]
-    rows = x.reshape(-1, k).contiguous()
+    rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     if group_size % 32 or k % group_size or not rows.numel() or not n:
         return reference.weight_only_linear(x, weight, scale, zero_point, group_size, bias)
     m = rows.shape[0]
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if m > DEQUANTIZED_ROWS and x.dtype != torch.float32:
+        return torch.nn.functional.linear(x, dequantized(weight, scale, zero_point, group_size, x.dtype), bias)
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     tensors = (rows, weight, out, scale, scale if zero_point is None else zero_point, scale if bias is None else bias)
     flags = {
         "BITS": 8 if weight.dtype == torch.int8 else 4, "GROUP_SIZE": group_size,
@@ -165,4 +198,21 @@ def weight_only_linear(
         options["BLOCK_K"] = min(options["BLOCK_K"], group_size & -group_size)
         grid = (launch.ceil_div(m, options["BLOCK_M"]) * launch.ceil_div(n, options["BLOCK_N"]),)
         weight_only_kernel[grid](*tensors, m, n, k, k // group_size, **flags, **options)
-    return out.reshape(*x.shape[:-1], n)
+    return out
+
+
+def dequantized(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`reference_matmul.dequantized`; ``group_size`` is a multiple of 32 that divides ``k``."""
+    n, stored = weight.shape
+    bits = 8 if weight.dtype == torch.int8 else 4
+    k = stored * 8 // bits
+    out = torch.empty((n, k), dtype=dtype, device=weight.device)
+    block = launch.config("weight_only", "dequantize", weight.device)
+    grid = (launch.ceil_div(n * k, block["BLOCK"]),)
+    tensors = (weight, out, scale, scale if zero_point is None else zero_point)
+    dequantize_kernel[grid](
+        *tensors, n * k, BITS=bits, GROUP_SIZE=group_size, ZERO_POINT=zero_point is not None, **block, **launch.EXACT
+    )
+    return out
