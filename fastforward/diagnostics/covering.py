@@ -18,6 +18,7 @@ from fastforward.calibration.recorder import FlowRecorder
 from fastforward.diagnostics.table import html_table, text_table
 from fastforward.exceptions import QuantizationError
 from fastforward.integer.layer import IntegerLayer
+from fastforward.integer.packed_linear import PackedLinear
 from fastforward.integer.weight_only import WeightOnlyLinear
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.quantizer import Quantizer
@@ -220,7 +221,7 @@ def integer_operator(module: torch.nn.Module) -> str | None:
 
 
 def _state(site: Site, modules: dict[str, torch.nn.Module], outside: bool) -> tuple[str, str]:
-    if site.integer and isinstance(modules.get(site.module), WeightOnlyLinear):
+    if site.integer and isinstance(modules.get(site.module), WeightOnlyLinear | PackedLinear):
         return "float", "input stays float; the weight is stored as integers"
     if site.integer:
         return "integer", ""

@@ -23,6 +23,8 @@ _NAMES = {
     "IntegerRNN": "recurrent",
     "IntegerDynamicLinear": "dynamic",
     "WeightOnlyLinear": "weight_only",
+    "PackedLinear": "packed_linear",
+    "Float8Linear": "float8",
 }
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

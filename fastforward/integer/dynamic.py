@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import fastforward_kernels as kernels
 import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
@@ -37,6 +38,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
     quantizer: DynamicLinearQuantizer
     output_quantizer: Quantizer | None
     _prepared: tuple[torch.Tensor | None, torch.Tensor] | None
+    _sums: torch.Tensor | None
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "IntegerDynamicLinear":
@@ -71,7 +73,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
         # Beside the modules: it has no tensors, and code that walks the model should see a layer.
         object.__setattr__(self, "quantizer", quantizer)
         object.__setattr__(self, "output_quantizer", output_quantizer)
-        self._prepared = None
+        self._prepared = self._sums = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
@@ -80,12 +82,27 @@ class IntegerDynamicLinear(torch.nn.Linear):
         x = input.detach()
         x = x if self.inverse_smoothing is None else x * self.inverse_smoothing
         scale, zero_point = self.quantizer.parameters_for(x)
+        if x.device.type != "cpu":
+            y = self._by_kernels(x, scale, zero_point, input.dtype)
+            return y if self.output_quantizer is None else self.output_quantizer(y)
         zero_point = zero_point.sub(self.quantizer.quant_min).float()
         rows = x.reshape(-1, self.in_features).float()
         parameters = (p.reshape(-1, 1).expand(rows.shape[0], 1) for p in (scale, zero_point))
         y = self._product(rows, *parameters)
         y = y.view(*input.shape[:-1], self.out_features).to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _by_kernels(
+        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The whole layer in one operator, which quantizes the input on its way."""
+        if self._sums is None:
+            self._sums = channel_sums(self.weight_int8).to(torch.int32)
+        packed = kernels.PackedWeight(self.weight_int8, self.weight_scale, None, self._sums)
+        grid = (self.quantizer.quant_min, self.quantizer.quant_max)
+        bias = None if self.bias is None else self.bias.detach().float()
+        parameters = scale.float(), zero_point.to(torch.int32)
+        return kernels.int8_linear(x, *parameters, packed, x_range=grid, bias=bias, out_dtype=dtype)
 
     def _product(self, rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         """Multiply ``[m, in_features]``, parameters ``[m, 1]``, a block of rows at a time that stays in the cache."""
@@ -139,7 +156,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerDynamicLinear":
         """Move with the model; scales stay float32."""
-        scale, self._prepared = self.weight_scale, None
+        scale, self._prepared, self._sums = self.weight_scale, None, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != torch.float32:
             self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
@@ -209,8 +226,5 @@ def require_dynamic(layer: QuantizedLinear) -> None:
         raise UnsupportedOperatorError(msg)
     if not isinstance(quantizer.granularity, PerTensor | PerToken):
         msg = f"its input has scales by {quantizer.granularity}, integer kernels take one per token or tensor"
-        raise UnsupportedOperatorError(msg)
-    if layer.weight.device.type != "cpu":
-        msg = f"dynamic activations have integer kernels on CPUs only, it is on {layer.weight.device.type}"
         raise UnsupportedOperatorError(msg)
     require_integer(layer.weight_quantizer, layer.weight.shape)

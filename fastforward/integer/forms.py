@@ -10,8 +10,10 @@ from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer.conv import IntegerConv, require_kernel
 from fastforward.integer.dynamic import IntegerDynamicLinear, require_dynamic
 from fastforward.integer.embedding import IntegerEmbedding, IntegerEmbeddingBag
+from fastforward.integer.float8 import Float8Linear, require_float8
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.packed_linear import PackedLinear, require_packed
 from fastforward.integer.recurrent import IntegerRecurrent, require_recurrent
 from fastforward.integer.transposed import IntegerConvTranspose, require_transposed
 from fastforward.integer.weight_only import WeightOnlyLinear, require_weight_only
@@ -27,6 +29,7 @@ from fastforward.nn.conv import (
 )
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
+from fastforward.nn.float8_quantizer import DynamicFloat8Quantizer, Float8Quantizer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.recurrent import QuantizedGRU, QuantizedLSTM, QuantizedRNN
@@ -87,11 +90,17 @@ def plan(model: torch.nn.Module, *, recursive: bool = True) -> Iterator[Step]:
 
 def _linear(layer: Any, grids: Grids) -> Swap:
     if layer.input_quantizer.is_stub() and not layer.weight_quantizer.is_stub() and type(layer) is QuantizedLinear:
+        if layer.weight.device.type != "cpu":
+            require_packed(layer)
+            return PackedLinear.swap
         require_weight_only(layer)
         return WeightOnlyLinear.swap
     if isinstance(layer.input_quantizer, DynamicLinearQuantizer) and not layer.weight_quantizer.is_stub():
         require_dynamic(layer)
         return IntegerDynamicLinear.swap
+    if isinstance(layer.input_quantizer, Float8Quantizer | DynamicFloat8Quantizer):
+        require_float8(layer)
+        return Float8Linear.swap
     _require_quantized(layer, "input", "weight")
     require_integer(layer.weight_quantizer, layer.weight.shape)
     _require_one_grid(layer)

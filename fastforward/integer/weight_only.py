@@ -16,7 +16,7 @@ from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
 from fastforward.integer.int_mm import int_mm
 from fastforward.integer.layer import become, successor
-from fastforward.integer.weights import channel_sums, integer_weight, require_integer
+from fastforward.integer.weights import channel_sums, integer_weight, per_group, require_integer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.operands import quantize_parameter
@@ -169,9 +169,6 @@ class WeightOnlyLinear(torch.nn.Linear):
 def require_weight_only(layer: QuantizedLinear) -> None:
     """Raise UnsupportedOperatorError, with the reason, for a layer without a weight-only form."""
     quantizer = layer.weight_quantizer
-    if layer.weight.device.type != "cpu":
-        msg = f"weight-only layers have integer kernels on CPUs only, it is on {layer.weight.device.type}"
-        raise UnsupportedOperatorError(msg)
     if layer.smoothing is not None or not layer.output_quantizer.is_stub():
         msg = "only its weight is integer; smoothing or an output quantizer then need the simulation"
         raise UnsupportedOperatorError(msg)
@@ -213,7 +210,7 @@ def _int4(quantizer: LinearQuantizer, weight: torch.Tensor) -> dict[str, torch.T
     group = _group(quantizer, weight.shape)
     parameters = quantizer.scale.detach().float(), quantizer.rounded_zero_point()
     packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(part, 1) for part in _digits(quantizer, weight)])
-    scale, zero = (_per_group(parameter.float(), n, k // group) for parameter in parameters)
+    scale, zero = (per_group(parameter.float(), n, k // group) for parameter in parameters)
     return {
         "weight_int4": packed,
         "weight_scale": torch.stack((scale, -zero * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous(),
@@ -228,11 +225,3 @@ def _digits(quantizer: LinearQuantizer, weight: torch.Tensor) -> Iterator[torch.
         part = weight.detach()[start : start + _PACKED_AT_ONCE]
         scale, zero_point = (p if p.numel() == 1 else p[start : start + _PACKED_AT_ONCE] for p in parameters)
         yield affine.quantize(part, scale, zero_point, low, high, torch.int8, granularity).to(torch.int32).add_(8)
-
-
-def _per_group(parameter: torch.Tensor, n: int, groups: int) -> torch.Tensor:
-    """Parameters per tensor, channel or longer group, repeated to ``[n, groups]``."""
-    if parameter.numel() == 1:
-        return parameter.reshape(1, 1).expand(n, groups)
-    rows = parameter.reshape(n, -1)
-    return rows.repeat_interleave(groups // rows.shape[1], dim=1)

@@ -70,6 +70,14 @@ def channel_sums(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.sum(1, dtype=torch.float64) for part in rows.split(block)])
 
 
+def per_group(parameter: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """Parameters per tensor, channel or longer group, repeated to ``[rows, groups]``."""
+    if parameter.numel() == 1:
+        return parameter.reshape(1, 1).expand(rows, groups)
+    per_row = parameter.reshape(rows, -1)
+    return per_row.repeat_interleave(groups // per_row.shape[1], dim=1)
+
+
 def _channel_scales(quantizer: LinearQuantizer, shape: torch.Size, channel_dim: int) -> torch.Tensor:
     """One float32 scale per channel; a scale per tensor is repeated."""
     scale = quantizer.scale.detach().float()

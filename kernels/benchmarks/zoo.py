@@ -114,7 +114,8 @@ class DecoderBlock(torch.nn.Module):
 def _rotated(x: torch.Tensor, past: int) -> torch.Tensor:
     """Rotary position embedding (Su et al., 2021) of ``[batch, heads, tokens, size]``."""
     half = x.shape[-1] // 2
-    angles = torch.arange(past, past + x.shape[2])[:, None] * 5e5 ** (-torch.arange(half) / half)
+    positions = torch.arange(past, past + x.shape[2], device=x.device)
+    angles = positions[:, None] * 5e5 ** (-torch.arange(half, device=x.device) / half)
     first, second = x.chunk(2, -1)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

@@ -16,7 +16,14 @@ from fastforward_kernels.ops import (
     quantize,
     quantize_float8,
 )
-from fastforward_kernels.ops_matmul import float8_linear, int8_conv, int8_linear, int8_matmul, weight_only_linear
+from fastforward_kernels.ops_matmul import (
+    float8_linear,
+    int8_conv,
+    int8_linear,
+    int8_matmul,
+    multiplies_float8,
+    weight_only_linear,
+)
 from fastforward_kernels.ops_neighbours import (
     int8_add,
     int8_avg_pool2d,
@@ -66,6 +73,7 @@ __all__ = [
     "int8_softmax",
     "lookup_table",
     "min_max",
+    "multiplies_float8",
     "pack_conv_weight",
     "pack_linear_weight",
     "pack_weight_only",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastforward_kernels import cpu_matmul, cpu_weight_only, epilogue, gradients
 from fastforward_kernels import reference_matmul as reference
-from fastforward_kernels.library import define
+from fastforward_kernels.library import define, has_triton
 from fastforward_kernels.packing import PackedWeight, PackedWeightOnly
 
 WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor weight_sums"
@@ -201,6 +201,15 @@ def float8_linear(
 ) -> Tensor:
     """Multiply float8 ``xq [..., k]`` by a float8 ``weight [n, k]``; each has one scale, or one per row."""
     return FLOAT8_LINEAR(xq, x_scale, weight, weight_scale, bias, out_dtype)
+
+
+def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether ``device`` multiplies matrices of the float8 type ``dtype`` as they are."""
+    if device.type != "cuda" or not has_triton():
+        return False
+    from fastforward_kernels.triton import float8_matmul, launch  # with the first GPU tensor, not before
+
+    return dtype in float8_matmul.NATIVE.get(launch.architecture(device), ())
 
 
 def weight_only_linear(x: Tensor, packed_weight: PackedWeightOnly, bias: Tensor | None = None) -> Tensor:

@@ -124,6 +124,41 @@ def test_half_precision(quantized):
     assert y.dtype == torch.bfloat16 and sqnr(model(x), y) > 15
 
 
+SCHEMES = {
+    "w8": (ff.integer.PackedLinear, 60),
+    "w4_g128": (ff.integer.PackedLinear, 60),
+    "w8a8_dynamic": (ff.integer.IntegerDynamicLinear, 60),
+    "fp8": (ff.integer.Float8Linear, 40),
+    "fp8_dynamic": (ff.integer.Float8Linear, 40),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_decoders_are_quantized_with(scheme, tmp_path):
+    torch.manual_seed(0)
+    model = Block(128).eval().cuda()
+    x = torch.randn(2, 17, 128, device="cuda")
+    simulated = ff.quantize(copy.deepcopy(model), [x], scheme=scheme, progress=False)
+    expected = simulated(x)
+    integer = ff.convert(copy.deepcopy(simulated))
+    kind, exact = SCHEMES[scheme]
+    layers = [layer for layer in integer.modules() if isinstance(layer, nn.Linear)]
+    if scheme.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
+        assert not any(isinstance(layer, kind) for layer in layers)
+        return
+    assert len(layers) == 6 and all(isinstance(layer, kind) for layer in layers)
+    assert sqnr(expected, integer(x)) > exact
+    one = x[:1, :1]
+    assert sqnr(simulated(one), integer(one)) > (exact if "dynamic" not in scheme else 30)
+    loaded = ff.load_quantization(copy.deepcopy(model), ff.save_quantization(integer, tmp_path / "state.safetensors"))
+    assert torch.equal(loaded(x), integer(x))
+    compiled = torch.compile(copy.deepcopy(integer), fullgraph=True)
+    assert sqnr(integer(x), compiled(x)) > 30
+    half = ff.convert(copy.deepcopy(simulated).bfloat16())
+    assert half(x.bfloat16()).dtype == torch.bfloat16 and sqnr(expected, half(x.bfloat16())) > 20
+
+
 @torch.no_grad()
 def test_there_and_back(quantized, tmp_path):
     model, simulated, x = quantized
