@@ -37,8 +37,9 @@ class IntegerDynamicLinear(torch.nn.Linear):
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
     quantizer: DynamicLinearQuantizer
     output_quantizer: Quantizer | None
-    _prepared: tuple[torch.Tensor | None, torch.Tensor] | None
-    _sums: torch.Tensor | None
+    _packed: torch.Tensor | None
+    _sums: torch.Tensor
+    _real_sums: torch.Tensor
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "IntegerDynamicLinear":
@@ -73,7 +74,13 @@ class IntegerDynamicLinear(torch.nn.Linear):
         # Beside the modules: it has no tensors, and code that walks the model should see a layer.
         object.__setattr__(self, "quantizer", quantizer)
         object.__setattr__(self, "output_quantizer", output_quantizer)
-        self._prepared = self._sums = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Compute what is derived from the weight; compilers find it there."""
+        sums = channel_sums(self.weight_int8)
+        self._packed, self._sums = None, sums.to(torch.int32)
+        self._real_sums = (sums * self.weight_scale.double()).float()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
@@ -96,8 +103,6 @@ class IntegerDynamicLinear(torch.nn.Linear):
         self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """The whole layer in one operator, which quantizes the input on its way."""
-        if self._sums is None:
-            self._sums = channel_sums(self.weight_int8).to(torch.int32)
         packed = kernels.PackedWeight(self.weight_int8, self.weight_scale, None, self._sums)
         grid = (self.quantizer.quant_min, self.quantizer.quant_max)
         bias = None if self.bias is None else self.bias.detach().float()
@@ -131,22 +136,19 @@ class IntegerDynamicLinear(torch.nn.Linear):
             return int_mm(codes, self.weight_int8.t()) * self.weight_scale
         zeros = onednn._zeros(self.out_features)
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 0, self._operands()[0], self.weight_scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            codes, 1.0, 0, self._pack(), self.weight_scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
 
     def _finished(self, product: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         """Take off what the zero points add, scale rows, add the bias."""
-        product = torch.addcmul(product, zero_point, self._operands()[1], value=-1)
+        product = torch.addcmul(product, zero_point, self._real_sums, value=-1)
         return product * scale if self.bias is None else torch.addcmul(self.bias.detach(), product, scale)
 
-    def _operands(self) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The packed weight, and the real sum of each of its rows."""
-        if self._prepared is None:
-            packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None) if onednn.has_onednn() else None
-            sums = channel_sums(self.weight_int8) * self.weight_scale.double()
-            self._prepared = packed, sums.float()
-        return self._prepared
+    def _pack(self) -> torch.Tensor:
+        if self._packed is None:
+            self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None)
+        return self._packed
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -156,15 +158,16 @@ class IntegerDynamicLinear(torch.nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerDynamicLinear":
         """Move with the model; scales stay float32."""
-        scale, self._prepared, self._sums = self.weight_scale, None, None
+        scale = self.weight_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != torch.float32:
             self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        self._prepare()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_packed": None}
 
     def chain_link(self) -> tuple[str, str, str, str]:
         """Operator, type of the input, type of the result and kernel, for a report."""

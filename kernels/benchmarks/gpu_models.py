@@ -104,7 +104,7 @@ def main() -> None:
             ready = time.perf_counter() - start
             for tokens, arguments in samples.items():
                 eager, graph = (
-                    milliseconds(lambda a=arguments: quantized(*a)),
+                    milliseconds(lambda a=arguments, q=quantized: q(*a)),
                     milliseconds(captured(quantized, arguments)),
                 )
                 noise = sqnr(model(*arguments), quantized(*arguments))
