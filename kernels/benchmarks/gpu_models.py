@@ -59,9 +59,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 def converted(model: torch.nn.Module, scheme: str, data: list[Any]) -> torch.nn.Module:
     """Return a quantized copy whose linear layers run the scheme's operators; raise if one does not."""
-    quantized = ff.quantize(
-        copy.deepcopy(model), [ff.Call(*arguments) for arguments in data], scheme=scheme, progress=False
-    )
+    quantized = ff.quantize(copy.deepcopy(model), data, scheme=scheme, progress=False)
     ff.convert(quantized)
     floats = [
         name

@@ -237,10 +237,10 @@ def _neighbours(target: str) -> Iterator[Case]:
 
 def _observe(target: str) -> Iterator[Case]:
     _, block, options = next(_sizes("histogram", target))
-    types = {"x_ptr": "*bf16", "low_ptr": "*fp32", "high_ptr": "*fp32", "counts_ptr": "*i64", "bins": "fp32"}
+    types = {"x_ptr": "*bf16", "low_ptr": "*fp32", "high_ptr": "*fp32", "counts_ptr": "*i32"}
     types.update({"low": "fp32", "factor": "fp32"})
     make = functools.partial(_elementwise, options={**options, **EXACT})
     for kind, name in enumerate(("rows", "columns")):
         shape = {"KIND": kind, "ROWS": 8, "COLUMNS": 128}
         yield make(f"min/max {name}", observe.min_max_kernel, types, shape)
-    yield make("histogram", observe.histogram_kernel, types, {"BINS": 2048, **block})
+    yield make("histogram", observe.histogram_kernel, types, block)

@@ -12,7 +12,9 @@ from torch import Tensor
 from fastforward_kernels import reference, tiling
 from fastforward_kernels.triton import launch
 from fastforward_kernels.triton.fake_quantize import LAYOUT_ROWS, LAYOUT_TILES, Plan, block_of, blocks, plan
-from fastforward_kernels.triton.numerics import INTERPRETED, NAN_STAYS
+from fastforward_kernels.triton.numerics import NAN_STAYS
+
+MOST_BINS = 1 << 16
 
 
 @triton.jit
@@ -54,32 +56,15 @@ def min_max_kernel(
 
 
 @triton.jit
-def histogram_kernel(
-    x_ptr,
-    counts_ptr,
-    total,
-    low,
-    factor,
-    bins,
-    chunks,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Count ``chunks`` blocks per program, then add to the counts: integer atomics, so the order does not matter."""
-    counts = tl.zeros((BINS,), dtype=tl.int32)
-    first = tl.program_id(0).to(tl.int64) * chunks * BLOCK
-    for chunk in range(chunks):
-        offsets = first + chunk * BLOCK + tl.arange(0, BLOCK)
-        exists = offsets < total
-        x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
-        position = tl.minimum(tl.maximum((x - low) * factor, 0.0), bins - 1.0).to(tl.int32)
-        if INTERPRETED:  # its histogram takes no mask: count what does not exist in the last bin, and take it off
-            counts += tl.histogram(tl.where(exists, position, BINS - 1), BINS)
-            counts -= tl.where(tl.arange(0, BINS) == BINS - 1, tl.sum((~exists).to(tl.int32)), 0)
-        else:
-            counts += tl.histogram(position, BINS, mask=exists)
-    place = tl.arange(0, BINS)
-    tl.atomic_add(counts_ptr + place, counts.to(tl.int64), mask=(place < bins) & (counts > 0), sem="relaxed")
+def histogram_kernel(x_ptr, counts_ptr, total, low, factor, bins, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Add to one of ``COPIES`` rows of counts, so that few programs meet; integers, so their order does not matter."""
+    program = tl.program_id(0).to(tl.int64)
+    offsets = program * BLOCK + tl.arange(0, BLOCK)
+    exists = offsets < total
+    x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
+    position = tl.minimum(tl.maximum((x - low) * factor, 0.0), bins - 1.0).to(tl.int32)
+    place = (program % COPIES) * bins + position
+    tl.atomic_add(counts_ptr + place, 1, mask=exists, sem="relaxed")
 
 
 def min_max(x: Tensor, tile: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -110,14 +95,11 @@ def _matrix(x: Tensor, tile: Sequence[int]) -> Plan | None:
 
 def histogram(x: Tensor, low: float, high: float, bins: int) -> Tensor:
     """See :func:`reference.histogram`."""
-    size = max(launch.power_of_two(bins), 2)
-    if not low < high or bins < 1 or size > 4096 or x.dtype == torch.float64 or not x.numel():
+    if not low < high or bins < 1 or bins > MOST_BINS or x.dtype == torch.float64 or not x.numel():
         return reference.histogram(x, low, high, bins)
-    counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
     options = launch.config("histogram", "any", x.device)
-    blocks_total = launch.ceil_div(x.numel(), options["BLOCK"])
-    programs = min(blocks_total, 4 * launch.compute_units(x.device))
-    chunks = launch.ceil_div(blocks_total, programs)
-    numbers = (x.numel(), low, bins / (high - low), float(bins), chunks)
-    histogram_kernel[(programs,)](x.contiguous(), counts, *numbers, BINS=size, **options, **launch.EXACT)
-    return counts
+    counts = torch.zeros((options["COPIES"], bins), dtype=torch.int32, device=x.device)
+    numbers = (x.numel(), low, bins / (high - low), bins)
+    grid = (launch.ceil_div(x.numel(), options["BLOCK"]),)
+    histogram_kernel[grid](x.contiguous(), counts, *numbers, **options, **launch.EXACT)
+    return counts.sum(0, dtype=torch.int64)

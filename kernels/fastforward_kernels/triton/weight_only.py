@@ -96,6 +96,7 @@ def vector_kernel(
     bias_ptr,
     n,
     k,
+    stored,
     groups,
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -117,7 +118,7 @@ def vector_kernel(
     for start in range(0, k, BLOCK_K):
         known = start // GROUP_SIZE + group < groups
         exists = known[None, :, None]
-        place = safe_columns[:, None, None] * (k // PER_BYTE) + (start // PER_BYTE + byte)[None, :, :]
+        place = safe_columns[:, None, None] * stored + (start // PER_BYTE + byte)[None, :, :]
         packed = tl.load(weight_ptr + place, mask=exists, other=0)
         x = tl.load(x_ptr + row * k + start + depth, mask=start + depth < k, other=0.0).to(tl.float32)
         index = safe_columns[:, None] * groups + (start // GROUP_SIZE + group)[None, :]
@@ -147,28 +148,28 @@ def dequantize_kernel(
     out_ptr,
     scale_ptr,
     zero_point_ptr,
-    total,
+    groups,
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The weight in floats, ``total`` of them: groups follow one another in memory."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = first + tl.arange(0, BLOCK)
-    exists = offsets < total
-    group = offsets // GROUP_SIZE
-    zero = 8388608.0 if BITS == 4 else 8388736.0
+    """The weight in floats: ``groups`` rows of a matrix, each with its scale, follow one another in memory."""
+    BYTES: tl.constexpr = GROUP_SIZE * BITS // 8
+    group = tl.program_id(0).to(tl.int64) * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
+    exists = group < groups
+    packed = tl.load(weight_ptr + group[:, None] * BYTES + tl.arange(0, BYTES)[None, :], mask=exists[:, None], other=0)
+    zero = tl.zeros((BLOCK // GROUP_SIZE,), dtype=tl.float32) + (8388608.0 if BITS == 4 else 8388736.0)
     if ZERO_POINT:
         zero += tl.load(zero_point_ptr + group, mask=exists, other=0).to(tl.float32)
     if BITS == 4:
-        byte = first // 2 + tl.arange(0, BLOCK // 2)
-        packed = tl.load(weight_ptr + byte, mask=byte < total // 2, other=0)
-        values = tl.reshape(tl.join(as_float(packed & 15), as_float(packed >> 4)), (BLOCK,)) - zero
+        both = tl.join(as_float(packed & 15), as_float(packed >> 4))
+        values = tl.reshape(both, (BLOCK // GROUP_SIZE, GROUP_SIZE)) - zero[:, None]
     else:
-        values = as_float(tl.load(weight_ptr + offsets, mask=exists, other=0).to(tl.uint8, bitcast=True) ^ 128) - zero
-    values = values * tl.load(scale_ptr + group, mask=exists, other=0.0)
-    tl.store(out_ptr + offsets, to_dtype(values, out_ptr.dtype.element_ty), mask=exists)
+        values = as_float(packed.to(tl.uint8, bitcast=True) ^ 128) - zero[:, None]
+    values = values * tl.load(scale_ptr + group, mask=exists, other=0.0)[:, None]
+    place = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+    tl.store(out_ptr + place, to_dtype(values, out_ptr.dtype.element_ty), mask=exists[:, None])
 
 
 def weight_only_linear(
@@ -191,7 +192,9 @@ def weight_only_linear(
     if m <= VECTOR_ROWS and group_size & (group_size - 1) == 0:
         options = launch.config("weight_only", "vector", x.device)
         options["BLOCK_K"] = max(group_size, min(options["BLOCK_K"], launch.power_of_two(k)))
-        vector_kernel[(launch.ceil_div(n, options["BLOCK_N"]), m)](*tensors, n, k, k // group_size, **flags, **options)
+        vector_kernel[(launch.ceil_div(n, options["BLOCK_N"]), m)](
+            *tensors, n, k, weight.shape[1], k // group_size, **flags, **options
+        )
     else:
         options = launch.config("weight_only", launch.rows_bucket(m), x.device)
         # a block must lie in one group and its length be a power of two: the largest that divides the group
@@ -204,15 +207,17 @@ def weight_only_linear(
 def dequantized(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """See :func:`reference_matmul.dequantized`; ``group_size`` is a multiple of 32 that divides ``k``."""
+    """See :func:`reference_matmul.dequantized`."""
+    if group_size & (group_size - 1) or not weight.numel():
+        return reference.dequantized(weight, scale, zero_point, group_size, dtype)
     n, stored = weight.shape
     bits = 8 if weight.dtype == torch.int8 else 4
-    k = stored * 8 // bits
-    out = torch.empty((n, k), dtype=dtype, device=weight.device)
-    block = launch.config("weight_only", "dequantize", weight.device)
-    grid = (launch.ceil_div(n * k, block["BLOCK"]),)
-    tensors = (weight, out, scale, scale if zero_point is None else zero_point)
-    dequantize_kernel[grid](
-        *tensors, n * k, BITS=bits, GROUP_SIZE=group_size, ZERO_POINT=zero_point is not None, **block, **launch.EXACT
-    )
+    out = torch.empty((n, stored * 8 // bits), dtype=dtype, device=weight.device)
+    options = launch.config("weight_only", "dequantize", weight.device)
+    options["BLOCK"] = max(options["BLOCK"], group_size)
+    groups = out.numel() // group_size
+    dequantize_kernel[(launch.ceil_div(groups, options["BLOCK"] // group_size),)](
+        weight, out, scale, scale if zero_point is None else zero_point, groups,
+        BITS=bits, GROUP_SIZE=group_size, ZERO_POINT=zero_point is not None, **options, **launch.EXACT,
+    )  # fmt: skip
     return out
