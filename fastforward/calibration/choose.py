@@ -116,7 +116,7 @@ class Candidates(Observer):
         """Every candidate by name."""
         yield "min-max", (self.histogram.extremes[0], self.histogram.extremes[1])
         for share in (99.99, 99.9):
-            percentile = Percentile(share).bind(self.granularity, self.grid, self.site)
+            percentile = Percentile(share).bind(self.granularity, self.grid, self.site).to(self.histogram.counts.device)
             percentile.load_state_dict(self.histogram.state_dict())
             yield f"percentile {share}", percentile.compute_range()
         yield "mse", self.histogram.compute_range()

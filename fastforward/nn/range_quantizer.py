@@ -49,7 +49,15 @@ class RangeQuantizer(LazyBuffers, Quantizer):
 
     @quantization_range.setter
     def quantization_range(self, bounds: tuple[Tensor | float, Tensor | float]) -> None:
-        low, high = (torch.as_tensor(bound, dtype=torch.float32, device=self.scale.device) for bound in bounds)
+        known = self.is_calibrated  # a quantizer without a range lies wherever it was made
+        low, high = (
+            torch.as_tensor(
+                bound,
+                dtype=torch.float32,
+                device=bound.device if isinstance(bound, Tensor) and not known else self.scale.device,
+            )
+            for bound in bounds
+        )
         self.set_parameters(*self.parameters_for_range(low, high))
 
     def parameters_for_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

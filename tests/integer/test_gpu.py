@@ -89,6 +89,25 @@ def test_integers_are_what_was_simulated(quantized):
 
 
 @torch.no_grad()
+def test_parameters_lie_on_the_gpu_whatever_range_was_chosen():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval().cuda()
+    x = torch.randn(512, 64, device="cuda")
+    x[0, 0] = 300.0  # min-max loses to a percentile
+    simulated = ff.quantize(model, [x], scheme="w8a8", progress=False)
+    quantizers = [module for module in simulated.modules() if isinstance(module, ff.nn.LinearQuantizer)]
+    assert len(quantizers) >= 4 and all(quantizer.scale.is_cuda for quantizer in quantizers)
+    assert simulated(x).is_cuda
+
+
+def test_a_range_of_gpu_tensors_stays_there():
+    quantizer = ff.nn.LinearQuantizer(8)
+    quantizer.quantization_range = torch.tensor(-1.0, device="cuda"), torch.tensor(1.0, device="cuda")
+    assert quantizer.scale.is_cuda and quantizer.zero_point.is_cuda
+    quantizer.quantization_range = -2.0, 2.0
+    assert quantizer.scale.is_cuda
+
+
+@torch.no_grad()
 def test_ranges_are_those_of_the_cpu(quantized):
     model, simulated, x = quantized
     again = ff.quantize(copy.deepcopy(model).cpu(), [x.cpu()], scheme="w8a8", progress=False)
