@@ -344,7 +344,7 @@ class IntegerConv(IntegerLayer):
 class IntegerConv1d(IntegerConv, torch.nn.Conv1d):  # type: ignore[override]
     """``torch.nn.Conv1d`` with integer operands."""
 
-    _fusible = ("none", "relu")
+    _fusible = ("none", "relu") if onednn.conv1d_fuses_relu() else ("none",)
 
 
 class IntegerConv2d(IntegerConv, torch.nn.Conv2d):  # type: ignore[override]

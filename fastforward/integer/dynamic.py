@@ -4,10 +4,10 @@ from typing import Any
 
 import fastforward_kernels as kernels
 import torch
+from fastforward_kernels.int_mm import int_mm
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn
-from fastforward.integer.int_mm import int_mm
 from fastforward.integer.layer import become, output_from_json, output_to_json, require_shape, successor
 from fastforward.integer.weights import channel_sums, integer_weight, require_integer
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer

@@ -40,12 +40,15 @@ def export(model: torch.nn.Module, inputs: Any, *, dynamic_shapes: Any = None) -
     args, kwargs = _arguments(inputs)
     training = [module for module in model.modules() if module.training]
     model.eval()
+    shortcut = model.__dict__.pop("forward", None)  # before torch 2.7 the exporter looks for the code of the outermost
     try:
         with torch.no_grad():
             if any(isinstance(module, QuantizedModule) for module in model.modules()):
                 model(*args, **kwargs)  # call sites learn what they reach; a tracer could not tell them
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     finally:
+        if shortcut is not None:
+            model.__dict__["forward"] = shortcut
         for module in training:
             module.training = True
     _require_bundled(program)

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastforward_kernels.int_mm import int_mm
 
 from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, grid_of
-from fastforward.integer.int_mm import int_mm
 from fastforward.integer.layer import IntegerLayer, become, require_known
 from fastforward.integer.tracing import is_exporting
 from fastforward.integer.weights import integer_weight

@@ -7,10 +7,10 @@ import functools
 from typing import Any
 
 import torch
+from fastforward_kernels.int_mm import int_mm
 
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments
 from fastforward.integer.grid import Grid
-from fastforward.integer.int_mm import int_mm
 
 # Below this many rows the fixed cost of a oneDNN call (about 30 us) exceeds what its fused epilogue saves.
 SMALL_ROWS = 8
@@ -46,6 +46,20 @@ def _exact() -> bool:
         codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return bool((y == 127 * 255 * depth).all()) and bool((int_mm(codes, weight.t()) == 127 * 255 * depth).all())
+
+
+def conv1d_fuses_relu() -> bool:
+    """Whether the convolution of one dimension takes an activation; before torch 2.7 it took none."""
+    if CONVOLUTIONS[1] is None or not has_onednn():
+        return False
+    one, zero, sizes = torch.ones(1), torch.zeros(1, dtype=torch.int64), ([1], [0], [1])
+    packed = torch.ops.onednn.qconv_prepack(torch.ones(1, 1, 1, dtype=torch.int8), one, 1.0, 0, *sizes, 1, None)
+    codes = torch.ones(1, 1, 4, dtype=torch.uint8)
+    try:
+        CONVOLUTIONS[1](codes, 1.0, 0, packed, one, zero, None, *sizes, 1, 1.0, 0, torch.float32, "relu", [], "")
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=256)

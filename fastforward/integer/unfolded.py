@@ -5,9 +5,9 @@ exported program can hold.
 """
 
 import torch
+from fastforward_kernels.int_mm import int_mm
 
 from fastforward.integer.epilogue import Epilogue
-from fastforward.integer.int_mm import int_mm
 
 Geometry = tuple[list[int], list[int], list[int]]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from fastforward_kernels import memory
+from fastforward_kernels.int_mm import int_mm
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
-from fastforward.integer.int_mm import int_mm
 from fastforward.integer.layer import become, successor
 from fastforward.integer.weights import channel_sums, integer_weight, per_group, require_integer
 from fastforward.nn.linear import QuantizedLinear

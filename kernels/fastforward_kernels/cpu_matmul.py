@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastforward_kernels import cpu, epilogue
 from fastforward_kernels import reference_matmul as reference
+from fastforward_kernels.int_mm import int_mm
 from fastforward_kernels.packing import PackCache
 
 PACKS = PackCache()
@@ -108,7 +109,7 @@ def _separate_epilogue(
 ) -> Tensor:
     """Per-token scales, weights with zero points, and products so small that a call counts more than its work."""
     x_zero_point, weight_zero_point, weight_sums = zero_points
-    acc = torch._int_mm(x, weight.t())
+    acc = int_mm(x, weight.t())
     if x_zero_point is not None:
         acc.sub_(reference.column(x_zero_point) * weight_sums)
     if weight_zero_point is not None:
@@ -197,7 +198,7 @@ def int8_matmul(
     right, shift = (b, 0) if b.dtype == torch.int8 else ((b ^ 128).view(torch.int8), 128)
     acc = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.int32)
     for left, middle, out in zip(a.unbind(), right.unbind(), acc.unbind(), strict=True):
-        torch._int_mm(left.contiguous(), middle, out=out)
+        int_mm(left.contiguous(), middle, out=out)
     za = 0 if a_zero_point is None else int(a_zero_point)
     zb = (0 if b_zero_point is None else int(b_zero_point)) - shift
     if za:

@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from calibrated import activation_quantizer, close, outputs, simulated
+from fastforward_kernels import int_mm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
-from fastforward.integer import IntegerLinear, int_mm
+from fastforward.integer import IntegerLinear
 from fastforward.integer.epilogue import GELU_TANH, HARDSWISH, NO_ACTIVATION, RELU, Activation
 from fastforward.integer.grid import Grid
 

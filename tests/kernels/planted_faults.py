@@ -81,7 +81,7 @@ def planted():
     foreign = Case("foreign", upcast_kernel, float8, {"BLOCK_M": 128, "TO": tl.float8e4nv}, {}, instruction="float8")
     yield "foreign float8", "gfx942", foreign
     yield "float8 that does not exist", "sm_80", foreign
-    yield "too many instructions", "sm_90", changed(sound("sm_90", ROWS), KIND=2, ROWS=8, COLUMNS=128)
+    yield "too many instructions", "sm_90", changed(sound("sm_90", ROWS), KIND=2, ROWS=32, COLUMNS=128)
     bytes_ = {"x_ptr": "*i8", "out_ptr": "*i8"}
     yield "narrow row offsets", "sm_90", Case("rows", narrow_rows_kernel, bytes_, {"BLOCK": 128}, {"num_warps": 4})
     yield "narrow element count", "sm_90", Case("count", narrow_count_kernel, bytes_, {"BLOCK": 128}, {"num_warps": 4})

@@ -1,6 +1,7 @@
 """Products of uint8 and int8 matrices by torch's plain integer product, whatever the torch version takes."""
 
 import torch
+from torch import Tensor
 
 
 def _takes_uint8() -> bool:
@@ -16,9 +17,10 @@ def _takes_uint8() -> bool:
 TAKES_UINT8 = _takes_uint8()
 
 
-def int_mm(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``codes [m, k]`` uint8 times ``weight [k, n]`` int8: int32 ``[m, n]``, exact."""
-    if TAKES_UINT8:
-        return torch._int_mm(codes, weight)
+def int_mm(codes: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """``codes [m, k]`` uint8 or int8 times ``weight [k, n]`` int8: int32 ``[m, n]``, exact."""
+    if TAKES_UINT8 or codes.dtype == torch.int8:
+        return torch._int_mm(codes, weight) if out is None else torch._int_mm(codes, weight, out=out)
     signed = (codes ^ 128).view(torch.int8)
-    return torch._int_mm(signed, weight).add_(weight.sum(0, dtype=torch.int32), alpha=128)
+    product = torch._int_mm(signed, weight) if out is None else torch._int_mm(signed, weight, out=out)
+    return product.add_(weight.sum(0, dtype=torch.int32), alpha=128)
