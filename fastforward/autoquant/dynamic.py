@@ -35,6 +35,11 @@ def receiver_of(function: Any) -> Any:
     return me if isinstance(me, torch.Tensor) else None
 
 
+def is_made_anew(function: Any) -> bool:
+    """Whether its attribute gives another object each time: a tensor's method, or ``apply`` of an autograd function."""
+    return receiver_of(function) is not None or isinstance(getattr(function, "__self__", None), type)
+
+
 class DynamicOperator:
     """An operator that the source did not show (a registry entry, a function passed as a value), at one call site."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from fastforward.autoquant.callpath import FIRST, Announced, taken
-from fastforward.autoquant.dynamic import DynamicOperator, apply, method_name, receiver_of
+from fastforward.autoquant.dynamic import DynamicOperator, apply, is_made_anew, method_name
 from fastforward.autoquant.sites import PARAMETER, Site, callee_name, nested_name, on_call_path
 from fastforward.exceptions import QuantizationError
 
@@ -445,8 +445,7 @@ class Scope:
         if found is None or found.kind == "move" or method_name(function).endswith("_"):
             return function(*args, **kwargs)
         index = self.unit.call_sites[number]
-        # The method of a tensor is another object in each call, and would keep the tensor.
-        callee = function if receiver_of(function) is None else None
+        callee = None if is_made_anew(function) else function  # it would keep the tensor, and match nothing
         if index is not None:
             self._remember(number, _STATIC, callee, index, None)
             if callee is not None:

@@ -188,6 +188,21 @@ def test_compiling_refuses_a_callee_that_no_eager_run_has_met_where_quantizers_s
         torch.compile(model, fullgraph=True, backend="eager")(torch.ones(2), torch.tensor([1, 0]))
 
 
+class Scaling(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Square.apply(x) + 1
+
+
+def test_an_autograd_function_is_compiled_with_the_quantizer_of_its_result() -> None:
+    torch._dynamo.reset()
+    model = ff.quantize_model(Scaling())
+    model(torch.ones(3))
+    for name in model.own_quantizers():
+        setattr(model, name, Scaled())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.arange(3.0)), model(torch.arange(3.0)))
+
+
 PRODUCTS = {"matmul": torch.matmul}
 
 
