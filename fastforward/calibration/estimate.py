@@ -80,11 +80,11 @@ class ObservedSite:
 
     def _seen_before(self, x: Tensor) -> bool:
         """Return whether ``x`` is the parameter observed last, unchanged: weights are looked at once, not per batch."""
-        if not isinstance(x, torch.nn.Parameter):
-            return False
         last = self._last
         if last is not None and last[0]() is x and last[1] == x._version:
             return True
+        if type(x) is Tensor or not isinstance(x, torch.nn.Parameter):  # asking an activation twice would cost
+            return False
         self._last = (weakref.ref(x), x._version)
         return False
 

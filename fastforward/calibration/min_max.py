@@ -27,7 +27,10 @@ class _Extrema(Observer):
         self.register_buffer("high", torch.empty(0))
 
     def update(self, x: Tensor) -> None:
-        low, high = extrema_of(x, self)
+        self.take(*extrema_of(x, self))
+
+    def take(self, low: Tensor, high: Tensor) -> None:
+        """Take the extrema of a batch."""
         if low.dtype != torch.float32:
             low, high = low.to(torch.float32), high.to(torch.float32)
         self.check(low, high)
@@ -77,10 +80,16 @@ class _Extrema(Observer):
 class MinMax(_Extrema):
     """The smallest and largest value of all batches. Merging is exact, associative and commutative."""
 
+    def update(self, x: Tensor) -> None:
+        low, high = extrema_of(x, self)
+        own_low, own_high = self.bounds()
+        known = low.numel() == own_low.numel() == 1 and not low.is_cuda
+        if known and own_low.item() <= low.item() and high.item() <= own_high.item():
+            return  # as for most batches, which calibration is to cost little for; what is inside the range is finite
+        self.take(low, high)
+
     def follow(self, low: Tensor, high: Tensor) -> None:
         own_low, own_high = self.bounds()
-        if low.numel() == 1 and not low.is_cuda and low.item() >= own_low.item() and high.item() <= own_high.item():
-            return  # as for most batches; a look at two numbers takes less than two operators
         torch.minimum(own_low, low, out=own_low)
         torch.maximum(own_high, high, out=own_high)
 
