@@ -43,10 +43,11 @@ def is_made_anew(function: Any) -> bool:
 class DynamicOperator:
     """An operator that the source did not show (a registry entry, a function passed as a value), at one call site."""
 
-    __slots__ = ("active", "names", "operator", "scope")
+    __slots__ = ("active", "is_method", "names", "operator", "scope")
 
-    def __init__(self, scope: "Scope", number: int, found: "Operator") -> None:
+    def __init__(self, scope: "Scope", number: int, found: "Operator", is_method: bool) -> None:
         self.scope, self.operator = scope, found
+        self.is_method = is_method  # a tensor's, asked for once: compilers cannot say it of every callable
         self.names: dict[str, str] = {}
         self.active: dict[str, Any] = {}
         if scope.owner is None:
@@ -73,7 +74,7 @@ class DynamicOperator:
     def __call__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
             return function(*args, **kwargs)
-        receiver = receiver_of(function)
+        receiver = receiver_of(function) if self.is_method else None
         if receiver is not None:
             receiver, *rest = self._positional((receiver, *args))
             function, args = getattr(receiver, method_name(function)), tuple(rest)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from fastforward.autoquant.callpath import FIRST, Announced, taken
-from fastforward.autoquant.dynamic import DynamicOperator, apply, is_made_anew, method_name
+from fastforward.autoquant.dynamic import DynamicOperator, apply, is_made_anew, method_name, receiver_of
 from fastforward.autoquant.sites import PARAMETER, Site, callee_name, nested_name, on_call_path
 from fastforward.exceptions import QuantizationError
 
@@ -91,7 +91,7 @@ class Scope:
         self.caller: Scope | None = None
         self.met: dict[tuple[int, int], Callable[..., Any]] = {}
         self.children: dict[tuple[int, int], Scope] = {}
-        self.dynamic: dict[tuple[int, str], DynamicOperator] = {}
+        self.dynamic: dict[tuple[int, str, bool], DynamicOperator] = {}
         self.memo: dict[int, tuple[Known, ...]] = {}
         # What a call site found last, and what to call for it: a shortcut past resolution. For the method of an object
         # that is not the owner, also the object's type, which is all that resolution asks of it.
@@ -451,10 +451,10 @@ class Scope:
             if callee is not None:
                 self.direct[number] = callee, functools.partial(self.op, index, callee)
             return self.op(index, function, *args, **kwargs)
-        key = number, found.identifier
+        key = number, found.identifier, receiver_of(function) is not None
         dynamic = self.dynamic.get(key)
         if dynamic is None:
-            dynamic = self.dynamic[key] = DynamicOperator(self, number, found)
+            dynamic = self.dynamic[key] = DynamicOperator(self, number, found, is_method=key[-1])
         self._remember(number, _DYNAMIC, callee, dynamic, None)
         if callee is not None:
             self.direct[number] = callee, dynamic.calling(callee)
