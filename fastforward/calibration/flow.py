@@ -92,6 +92,7 @@ class Flow:
         outside: Sites whose result no stub sees: operators that stay float whatever a scheme says.
         parameters: Ids of the parameters that the run read.
         layouts: For producer and consumer, how the axes of the value lay when it was used, in all calls.
+        moved: The pairs of producer and consumer between which, in some call, elements changed their place.
     """
 
     sites: list[Site] = dataclasses.field(default_factory=list)
@@ -101,6 +102,7 @@ class Flow:
     outside: list[Site] = dataclasses.field(default_factory=list)
     parameters: frozenset[int] = frozenset()
     layouts: dict[tuple[int, int], frozenset[Layout]] = dataclasses.field(default_factory=dict)
+    moved: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def multiplying(self) -> list[Site]:

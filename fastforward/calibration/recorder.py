@@ -72,6 +72,7 @@ class FlowRecorder(TorchFunctionMode):
         self._operands: dict[int, tuple[tuple[Operand, Quantizer | None], ...]] = {}
         self._consumers: dict[int, set[int]] = {}
         self._layouts: dict[tuple[int, int], set[Layout]] = {}
+        self._moved: set[tuple[int, int]] = set()
         self._values: dict[int, set[int]] = {}
         self._quantizers: dict[int, Quantizer] = {}
         self._unsited: dict[int, int] = {}
@@ -256,7 +257,10 @@ class FlowRecorder(TorchFunctionMode):
             trace = self._trace(tensor)
             if trace.producer is not None and trace.producer != site.number:
                 self._consumers.setdefault(trace.producer, set()).add(site.number)
-                self._layouts.setdefault((trace.producer, site.number), set()).add(trace.layout)
+                edge = trace.producer, site.number
+                self._layouts.setdefault(edge, set()).add(trace.layout)
+                if trace.value != trace.root:
+                    self._moved.add(edge)
 
     def _operands_of(
         self, operator: Operator | None, arguments: Mapping[str, Any]
@@ -321,6 +325,7 @@ class FlowRecorder(TorchFunctionMode):
             [sites[number] for number in outside],
             frozenset(self._parameters),
             {edge: frozenset(layouts) for edge, layouts in self._layouts.items()},
+            frozenset(self._moved),
         )
 
     def _shared(self, names: Mapping[int, str]) -> list[frozenset[str]]:

@@ -1,7 +1,7 @@
 """Folding a smoothing into the layer that makes the value, so that nothing is left to multiply at run time.
 
 It is allowed where the recorded flow says that a norm or linear layer makes the value, and that the smoothed layers
-alone use it.
+alone use it. Between them may stand activations ``f`` for which ``f(s * x) = s * f(x)`` with any positive ``s``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,7 @@ _PRODUCERS: Mapping[str, tuple[type[torch.nn.Module], ...]] = {
     "rms_norm": (torch.nn.RMSNorm,),
     "linear": (torch.nn.Linear,),
 }
+_HOMOGENEOUS = ("relu", "leaky_relu")
 
 
 def producer(
@@ -38,7 +39,22 @@ def producer(
     number = made_by.pop() if len(made_by) == 1 else None
     if number is None or flow.consumers.get(number) != frozenset(site.number for site in sites):
         return None
-    return _foldable(model, flow, flow.sites[number], shared)
+    source = _before_activations(flow, number)
+    return None if source is None else _foldable(model, flow, source, shared)
+
+
+def _before_activations(flow: Flow, number: int) -> Site | None:
+    """The site ``number``, or what alone feeds it through homogeneous activations; ``None`` if others do or are fed."""
+    site = flow.sites[number]
+    while site.operator in _HOMOGENEOUS:
+        sources = [source for source, consumers in flow.consumers.items() if site.number in consumers]
+        if len(sources) != 1 or flow.consumers[sources[0]] != frozenset({site.number}):
+            return None
+        # More calls than of the source: other values, which have no source among the sites, come here too.
+        if (sources[0], site.number) in flow.moved or flow.sites[sources[0]].calls != site.calls:
+            return None
+        site = flow.sites[sources[0]]
+    return site
 
 
 def _foldable(model: torch.nn.Module, flow: Flow, site: Site, shared: frozenset[int]) -> torch.nn.Module | None:

@@ -95,6 +95,66 @@ def test_smoothing_is_folded_into_a_norm_that_feeds_nothing_else(skip: bool) -> 
         torch.testing.assert_close(model(data[0]), expected, rtol=1e-4, atol=1e-4)
 
 
+class Activated(nn.Module):
+    """A layer reads another through an activation, of which ``watched`` and ``moved`` make more than that."""
+
+    def __init__(self, activation: nn.Module, watched: bool = False, moved: bool = False) -> None:
+        super().__init__()
+        self.first, self.activation, self.second = nn.Linear(32, 32), activation, nn.Linear(32, 16)
+        self.first.weight.data[:3] *= 40
+        self.second.weight.data[:, :3] /= 40
+        self.watched, self.moved = watched, moved
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h = self.activation(h[:, [2, 0, 1, *range(3, 32)]] if self.moved else h)
+        y = self.second(h)
+        return y + h.sum() if self.watched else y
+
+
+@pytest.mark.parametrize(
+    ("model", "folds"),
+    [
+        (Activated(nn.ReLU()), True),
+        (Activated(nn.ReLU(inplace=True)), True),
+        (Activated(nn.LeakyReLU(0.1)), True),
+        (Activated(nn.Sequential(nn.ReLU(), nn.ReLU())), True),
+        (Activated(nn.GELU()), False),
+        (Activated(nn.ReLU6()), False),
+        (Activated(nn.ReLU(), watched=True), False),
+        (Activated(nn.ReLU(), moved=True), False),
+    ],
+)
+def test_smoothing_passes_activations_that_a_positive_factor_passes(model: Activated, folds: bool) -> None:
+    data = [torch.randn(64, 32) for _ in range(4)]
+    before, expected = model.first.weight.detach().clone(), model(data[0])
+    ff.quantize(model, data, scheme=with_steps("smooth"), progress=False)
+    assert torch.equal(model.first.weight, before) is not folds
+    assert (model.second.smoothing is None) is folds
+    with ff.disable_quantization(model):
+        torch.testing.assert_close(model(data[0]), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_smoothing_stays_where_an_activation_gets_other_values_too() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.first.weight.data[:3] *= 40
+            self.second.weight.data[:, :3] /= 40
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.zeros(())
+            for h in (x, self.first(x)):
+                y = y + self.second(torch.relu(h))
+            return y
+
+    model = Twice()
+    before = model.first.weight.detach().clone()
+    ff.quantize(model, [torch.randn(64, 32) for _ in range(4)], scheme=with_steps("smooth"), progress=False)
+    assert torch.equal(model.first.weight, before)
+
+
 def test_folding_and_keeping_a_smoothing_are_equally_good() -> None:
     def quality_of(fold: bool, monkeypatch: pytest.MonkeyPatch) -> float:
         torch.manual_seed(0)
