@@ -136,8 +136,6 @@ class IntegerConv(IntegerLayer):
         if activation.name not in self._fusible:
             y = activation.apply(self.compute(codes, epilogue))
             return y if out is None else out.codes(y)
-        if self.measures and out is None and codes.shape not in self._kernels:
-            self._choose(codes, epilogue, activation)
         self.record.kernel = "onednn"
         codes, bias, point, padding = self._operands_of(codes, epilogue)
         result: torch.Tensor = onednn.CONVOLUTIONS[self._dimensions - 2](
@@ -160,6 +158,11 @@ class IntegerConv(IntegerLayer):
             activation.algorithm,
         )
         return onednn.limited(result, out)
+
+    def compute_floats(self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation) -> torch.Tensor:
+        if self.measures and codes.shape not in self._kernels:
+            self._choose(codes, epilogue, activation)
+        return self.compute(codes, epilogue, activation)
 
     def accumulate(
         self,

@@ -60,7 +60,7 @@ class Product:
     def floats(self) -> torch.Tensor:
         """Compute as a fresh tensor of ``dtype``."""
         self.layer.used_as_float(self.fused)
-        y = self.layer.compute(self.codes, self.epilogue, self.activation)
+        y = self.layer.compute_floats(self.codes, self.epilogue, self.activation)
         return y if y.dtype == self.dtype else y.to(self.dtype)
 
     def smoothed(self, grid: Grid) -> torch.Tensor:

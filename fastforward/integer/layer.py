@@ -146,6 +146,10 @@ class IntegerLayer(torch.nn.Module):
         """Multiply; return float32, or uint8 codes on the grid ``out``."""
         raise NotImplementedError
 
+    def compute_floats(self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation) -> torch.Tensor:
+        """``compute`` for a program that goes on in floats: a layer that measures finds out here what is fastest."""
+        return self.compute(codes, epilogue, activation)
+
     def accumulate(
         self,
         codes: torch.Tensor,

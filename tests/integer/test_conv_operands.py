@@ -132,3 +132,19 @@ def test_between_integers_floats_are_no_candidate(monkeypatch) -> None:
     monkeypatch.setattr(conv_module, "fastest", lambda ways: pytest.fail("measured"))
     ff.convert(model, example_inputs=example)
     assert len(ff.integer.explain(model).integer) == 2
+
+
+def test_comparing_a_rounded_addend_with_the_exact_one_measures_no_floats(monkeypatch) -> None:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).relu()
+        return self.c((self.b(x) + x).relu()).relu()
+
+    torch.manual_seed(0)
+    example = torch.randn(2, 4, 6, 6)
+    layers = {"a": nn.Conv2d(4, 8, 3), "b": nn.Conv2d(8, 8, 3, padding=1), "c": nn.Conv2d(8, 8, 3)}
+    model = simulated(Net(forward, **layers), example)
+    measured = []
+    monkeypatch.setattr(conv_module, "fastest", lambda ways: measured.append(ways) or "onednn")
+    ff.convert(model, example_inputs=example)
+    assert model.b.adds_codes is not None
+    assert len(measured) == 0, "a and b end in codes, and c begins with them"
