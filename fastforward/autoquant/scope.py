@@ -9,7 +9,7 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -200,12 +200,13 @@ class Scope:
         self.direct[number] = module, target
         return target
 
-    @property
-    def announces(self) -> bool:
-        """Whether a module runs on another than its first call path because of this scope or one below it."""
-        if any(how == _MODULE for found in self.memo.values() for how, *_ in found):
-            return True
-        return any(child.announces for child in self.children.values() if child.parent is self)
+    def announced(self) -> Iterator[torch.nn.Module]:
+        """The modules that run on another than their first call path because of this scope or one below it."""
+        for found in self.memo.values():
+            yield from (callee for how, callee, *_ in found if how == _MODULE)
+        for child in self.children.values():
+            if child.parent is self:
+                yield from child.announced()
 
     # -------------------------------------------------------------- what rewritten code calls
     def q(self, index: int, value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from fastforward.autoquant.scope import SCOPES
 from fastforward.nn.call_paths import PENDING
+from fastforward.nn.module import QuantizedModule
 from fastforward.nn.rewritten import RewrittenModule
 
 
@@ -23,10 +24,11 @@ def bypass_rewriting(model: torch.nn.Module) -> None:
             continue
         if module.__dict__.get(PENDING):
             continue  # quantizers that were loaded for sites which only the rewritten code will find
-        if any(scope.announces for scope in module.__dict__.get(SCOPES, {}).values()):
+        announced = _announced(module)
+        if not all(other._float_only for other in announced):
             continue  # what it calls is to know on which call path
         if module.float_class is not None and not _has_fast_path(module.float_class):
-            forward: Any = functools.partial(_forward, module)
+            forward: Any = functools.partial(_forward, module, announced)
             forward.__signature__ = inspect.signature(types.MethodType(module.float_class.forward, module))
             module.__dict__["forward"] = forward
 
@@ -37,7 +39,17 @@ def _has_fast_path(cls: type[torch.nn.Module]) -> bool:
     return code is None or "get_fastpath_enabled" in code.co_names
 
 
-def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+def _announced(module: RewrittenModule) -> tuple[QuantizedModule, ...]:
+    """The modules whose quantizers depend on from where in ``module`` they are called."""
+    scopes = module.__dict__.get(SCOPES, {}).values()
+    below = {id(m): m for scope in scopes for called in scope.announced() for m in called.modules()}
+    return tuple(m for m in below.values() if isinstance(m, QuantizedModule))
+
+
+def _forward(module: Any, announced: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    for other in announced:
+        if not other._float_only:
+            return type(module).forward(module, *args, **kwargs)
     if module._float_only:
         return module.float_class.forward(module, *args, **kwargs)
     return type(module).forward(module, *args, **kwargs)

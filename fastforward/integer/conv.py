@@ -264,13 +264,13 @@ class IntegerConv(IntegerLayer):
         self, base: Epilogue, mean: torch.Tensor, var: torch.Tensor, weight: Any, bias: Any, eps: float
     ) -> Epilogue:
         """The epilogue followed by batch normalization with running statistics; kept until one of them changes."""
-        norm = Norm(mean, var, weight, bias, eps)
-        if self._folded is None or not self._folded.holds(base, norm):
+        known = self._folded
+        if known is None or not known.holds(base, mean, var, weight, bias, eps):
+            norm = Norm(mean, var, weight, bias, eps)
             scale, shift = norm.folded(base)
-            grid = self.grid
-            result = make_epilogue(self.weight_int8, scale, shift, grid.scale, grid.zero_point)
-            self._folded = Folded(base, norm, norm.versions(), result)
-        return self._folded.result
+            result = make_epilogue(self.weight_int8, scale, shift, self.grid.scale, self.grid.zero_point)
+            known = self._folded = Folded(base, norm, result)
+        return known.result
 
     def output_shape(self, codes: torch.Tensor) -> tuple[int, ...]:
         size = codes.shape[2:]

@@ -1,6 +1,7 @@
 """Batch normalization with running statistics as part of a convolution's scale and bias."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -26,10 +27,6 @@ class Norm:
         shift = shift if self.bias is None else shift + self.bias.detach().double()
         return (base.scale.double() * gain).float(), shift
 
-    def versions(self) -> tuple[int, ...]:
-        """What changes when an operand is changed in place."""
-        return _version(self.mean), _version(self.var), _version(self.weight), _version(self.bias)
-
 
 @dataclasses.dataclass(slots=True)
 class Folded:
@@ -37,15 +34,22 @@ class Folded:
 
     base: Epilogue
     norm: Norm
-    versions: tuple[int, ...]
     result: Epilogue
+    versions: tuple[tuple[torch.Tensor, int], ...] = dataclasses.field(init=False)
 
-    def holds(self, base: Epilogue, norm: Norm) -> bool:
+    def __post_init__(self) -> None:
+        norm = self.norm
+        operands = [x for x in (norm.mean, norm.var, norm.weight, norm.bias) if x is not None and not x.is_inference()]
+        self.versions = tuple((x, x._version) for x in operands)
+
+    def holds(self, base: Epilogue, mean: torch.Tensor, var: torch.Tensor, weight: Any, bias: Any, eps: float) -> bool:
         """Whether the result is that of these operands as they are now."""
-        mine = self.norm
-        same = self.base is base and mine.mean is norm.mean and mine.var is norm.var and mine.eps == norm.eps
-        return same and mine.weight is norm.weight and mine.bias is norm.bias and self.versions == norm.versions()
-
-
-def _version(x: torch.Tensor | None) -> int:
-    return -1 if x is None or x.is_inference() else x._version
+        norm = self.norm
+        if self.base is not base or norm.mean is not mean or norm.var is not var:
+            return False
+        if norm.weight is not weight or norm.bias is not bias or norm.eps != eps:
+            return False
+        for operand, version in self.versions:
+            if operand._version != version:
+                return False
+        return True

@@ -140,13 +140,20 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if type(input) is not Deferred or training or running_mean is None or running_var is None:
+    if type(input) is not Deferred or training:
         return NotImplemented
-    product = input.pending
+    return fold_batch_norm(input, running_mean, running_var, weight, bias, eps)
+
+
+def fold_batch_norm(x: Deferred, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Any:
+    """Batch normalization with running statistics as part of the product that ``x`` stands for."""
+    product = x.pending
     if type(product) is not Product or product.activation is not NO_ACTIVATION or not product.layer.channels_first:
         return NotImplemented
-    folded = product.layer.folded(product.epilogue, running_mean, running_var, weight, bias, eps)
-    return Deferred(product.normalized(folded), input._shape)
+    if mean is None or var is None:
+        return NotImplemented
+    folded = product.layer.folded(product.epilogue, mean, var, weight, bias, eps)
+    return Deferred(product.normalized(folded), x._shape)
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -342,4 +349,4 @@ def _is_floating_point(func: Any, input: Any) -> bool:
     return True
 
 
-__all__ = ["activate", "call_with_values", "rule"]
+__all__ = ["activate", "call_with_values", "fold_batch_norm", "rule"]

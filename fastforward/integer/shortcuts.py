@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fastforward.integer import epilogue
-from fastforward.integer.deferred import RULES, Deferred
-from fastforward.integer.fusion import activate
+from fastforward.integer.deferred import Deferred
+from fastforward.integer.fusion import activate, fold_batch_norm
 
 nn = torch.nn
 Shortcut = Callable[[Any, Deferred], Any]
@@ -21,8 +21,12 @@ Shortcut = Callable[[Any, Deferred], Any]
 def _batch_norm(module: Any, x: Deferred) -> Any:
     if module.training:
         return NotImplemented
-    statistics = module.running_mean, module.running_var
-    return RULES[nn.functional.batch_norm](None, x, *statistics, module.weight, module.bias, eps=module.eps)
+    # Past Module.__getattr__, which takes longer than what follows; a parametrized norm has no such parameters.
+    parameters, buffers = module._parameters, module._buffers
+    if "weight" not in parameters or "running_mean" not in buffers:
+        return NotImplemented
+    statistics = buffers["running_mean"], buffers["running_var"]
+    return fold_batch_norm(x, *statistics, parameters["weight"], parameters["bias"], module.eps)
 
 
 def _relu(module: Any, x: Deferred) -> Any:

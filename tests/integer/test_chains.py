@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import Net, close, outputs, simulated
+from calibrated import Net, activation_quantizer, close, outputs, simulated
 
 import fastforward as ff
 from fastforward.integer.deferred import Deferred
@@ -401,6 +401,25 @@ class TestRewrittenModules:
         quantizer.quantization_range = (-0.01, 0.01)
         setattr(first, stub, quantizer)
         assert not torch.allclose(outputs(model, example), before)
+
+    def test_a_module_called_twice_is_told_its_call_path_once_a_quantizer_depends_on_it(self) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b, self.relu = nn.Linear(16, 16), nn.Linear(16, 16), nn.ReLU()
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.relu(self.b(self.relu(self.a(x))))
+
+        model, example = nn.Sequential(Block()), torch.randn(64, 16)
+        ff.quantize(model, [example, example], progress=False, convert=True)
+        block = model[0]
+        assert "forward" in block.__dict__
+        before = outputs(model, example)
+        quantizer = activation_quantizer(0.0, 0.1, num_bits=2)
+        block.relu.output_quantizer_call2 = quantizer
+        with torch.no_grad():
+            assert torch.equal(outputs(model, example), quantizer(before))
 
 
 class Twice(nn.Module):
