@@ -7,7 +7,7 @@ import torch
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
-from fastforward.integer.deferred import Deferred
+from fastforward.integer.deferred import Deferred, Product
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, make_epilogue
 from fastforward.integer.folding import Folded, Norm
 from fastforward.integer.grid import Grid, grid_of
@@ -115,17 +115,26 @@ class IntegerConv(IntegerLayer):
         """Convolve ``[batch, in_channels, *size]``, in the dtype of ``input``."""
         if torch.compiler.is_compiling():
             return self._traced(input)
-        shape = input._shape if type(input) is Deferred else input.shape
-        batched = len(shape) == self._dimensions
-        if self._float_wins and self._kernels.get(tuple(shape)) == "float":
+        product = self.begin(input)
+        if product is not None:
+            return self.defer(product)
+        if self._float_wins and self._kernels.get(tuple(input.shape)) == "float":
             return self._in_floats(input)
-        codes = self.codes(input if batched else input.unsqueeze(0))
-        y = self.product(codes, input.dtype)
+        batched = input.dim() == self._dimensions
+        y: torch.Tensor = self.defer(self.product(self.codes(input if batched else input.unsqueeze(0)), input.dtype))
         if not self.defers and type(y) is Deferred:
             y.computed()  # in the kernel's memory layout, which the next operator may take as it is
         if self.output_quantizer is not None:
             y = self.output_quantizer(y)
         return y if batched else y.squeeze(0)
+
+    def begin(self, input: torch.Tensor) -> Product | None:
+        shape, dtype = (input._shape, input._dtype) if type(input) is Deferred else (input.shape, input.dtype)
+        if not self.defers or self.output_quantizer is not None or len(shape) != self._dimensions:
+            return None
+        if self._float_wins and self._kernels.get(tuple(shape)) == "float":
+            return None
+        return self.product(self.codes(input), dtype)
 
     def compute(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None

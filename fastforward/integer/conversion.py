@@ -14,7 +14,7 @@ from fastforward.integer.forms import plan
 from fastforward.integer.islands import speed_up
 from fastforward.integer.linear import IntegerLinear
 from fastforward.integer.recurrent import IntegerRecurrent
-from fastforward.integer.shortcuts import take_shortcuts
+from fastforward.integer.shortcuts import join_sequences, take_shortcuts
 from fastforward.nn.call_paths import pending_quantizers
 from fastforward.nn.conversion import integer_layers
 from fastforward.nn.module import QuantizedModule
@@ -80,6 +80,7 @@ def finish(
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
             speed_up(quantizer)
     take_shortcuts(model)
+    join_sequences(model)
     bypass_rewriting(model)
     if example_inputs is not None:
         learn(model, example_inputs)

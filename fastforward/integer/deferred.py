@@ -52,10 +52,15 @@ class Product:
         fused = (*self.fused, operator)
         return Product(self.layer, self.codes, self.epilogue, self.dtype, self.activation, fused)
 
-    def normalized(self, epilogue: Epilogue) -> "Product":
-        """The same product with a batch normalization in its scale and bias."""
-        fused = (*self.fused, "batch_norm")
-        return Product(self.layer, self.codes, epilogue, self.dtype, self.activation, fused)
+    def batch_normalized(self, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Any:
+        """The same product with a batch normalization in its scale and bias; NotImplemented where that cannot be."""
+        layer = self.layer
+        if type(self) is not Product or self.activation is not NO_ACTIVATION or not layer.channels_first:
+            return NotImplemented
+        if mean is None or var is None:
+            return NotImplemented
+        folded = layer.folded(self.epilogue, mean, var, weight, bias, eps)
+        return Product(layer, self.codes, folded, self.dtype, NO_ACTIVATION, (*self.fused, "batch_norm"))
 
     def floats(self) -> torch.Tensor:
         """Compute as a fresh tensor of ``dtype``."""

@@ -146,14 +146,10 @@ def _batch_norm(
 
 
 def fold_batch_norm(x: Deferred, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Any:
-    """Batch normalization with running statistics as part of the product that ``x`` stands for."""
+    """Batch normalization with running statistics of a deferred result, as part of the product that it stands for."""
     product = x.pending
-    if type(product) is not Product or product.activation is not NO_ACTIVATION or not product.layer.channels_first:
-        return NotImplemented
-    if mean is None or var is None:
-        return NotImplemented
-    folded = product.layer.folded(product.epilogue, mean, var, weight, bias, eps)
-    return Deferred(product.normalized(folded), x._shape)
+    folded = NotImplemented if product is None else product.batch_normalized(mean, var, weight, bias, eps)
+    return folded if folded is NotImplemented else Deferred(folded, x._shape)
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)

@@ -177,12 +177,21 @@ class IntegerLayer(torch.nn.Module):
         """The shape of the result for an input of the shape of ``codes``."""
         raise NotImplementedError
 
-    def product(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The deferred result for these codes; soon a computed one if nobody in the model uses it."""
-        self.record.deferred += 1
-        if self.record.deferred - self.record.calls > _LEARNING_CALLS:
+    def begin(self, input: torch.Tensor) -> Product | None:
+        """The product for an input, if nothing but what follows it in the program is left to decide."""
+        return None
+
+    def product(self, codes: torch.Tensor, dtype: torch.dtype) -> Product:
+        """The product for these codes, to be deferred; the layer stops that if nobody in the model uses it."""
+        record = self.record
+        record.deferred += 1
+        if record.deferred - record.calls > _LEARNING_CALLS:
             self.defers = False
-        return Deferred(Product(self, codes, self.epilogue, dtype), self.output_shape(codes))
+        return Product(self, codes, self.epilogue, dtype)
+
+    def defer(self, product: Product) -> Deferred:
+        """The tensor that a product of this layer stands for."""
+        return Deferred(product, self.output_shape(product.codes))
 
     def used_as_float(self, fused: tuple[str, ...]) -> None:
         """Learn from a result that became floats."""

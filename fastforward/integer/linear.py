@@ -8,6 +8,7 @@ from fastforward_kernels.int_mm import int_mm
 
 from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
+from fastforward.integer.deferred import Product
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import IntegerLayer, become, require_known
@@ -88,14 +89,21 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
         if torch.compiler.is_compiling():
             return self._traced(input)
+        product = self.begin(input)
+        if product is not None:
+            return self.defer(product)
         if self._float_wins and self._kernels.get((input.numel() // self.in_features, False)) == "float":
             return self._in_floats(input)
-        codes = self.codes(input)
-        if self.defers:
-            return self.product(codes, input.dtype)
-        y = self.compute(codes, self.epilogue)
+        y = self.compute(self.codes(input), self.epilogue)
         y = y if y.dtype == input.dtype else y.to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def begin(self, input: torch.Tensor) -> Product | None:
+        if not self.defers:
+            return None
+        if self._float_wins and self._kernels.get((input.numel() // self.in_features, False)) == "float":
+            return None
+        return self.product(self.codes(input), input.dtype)
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         codes = super().codes(x)

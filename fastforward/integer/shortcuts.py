@@ -1,7 +1,8 @@
 """Modules between integer layers: norms, activations and poolings handed a deferred result take it over directly.
 
 Their own forward would do the same by way of ``torch.nn.functional`` and Python's dispatch, which costs more than what
-remains of them once they are fused.
+remains of them once they are fused. In a ``torch.nn.Sequential`` nobody sees the tensors between a layer and what
+follows it, so that none are made: the product itself goes from one to the next.
 """
 
 import functools
@@ -11,67 +12,129 @@ from typing import Any
 import torch
 
 from fastforward.integer import epilogue
-from fastforward.integer.deferred import Deferred
+from fastforward.integer.deferred import Deferred, Product
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation
 from fastforward.integer.fusion import activate, fold_batch_norm
+from fastforward.integer.layer import IntegerLayer
 
 nn = torch.nn
 Shortcut = Callable[[Any, Deferred], Any]
+Follower = Callable[[Any, Product], Any]
+"""What a module makes of the product before it; NotImplemented where it needs values."""
+
+
+def _statistics(module: Any) -> tuple[Any, ...] | None:
+    """The operands of a batch norm that uses running statistics, ``None`` of another."""
+    # Past Module.__getattr__, which takes longer than what follows; a parametrized norm has no such parameters.
+    parameters, buffers = module._parameters, module._buffers
+    if module.training or "weight" not in parameters or "running_mean" not in buffers:
+        return None
+    return buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], module.eps
 
 
 def _batch_norm(module: Any, x: Deferred) -> Any:
-    if module.training:
-        return NotImplemented
-    # Past Module.__getattr__, which takes longer than what follows; a parametrized norm has no such parameters.
-    parameters, buffers = module._parameters, module._buffers
-    if "weight" not in parameters or "running_mean" not in buffers:
-        return NotImplemented
-    statistics = buffers["running_mean"], buffers["running_var"]
-    return fold_batch_norm(x, *statistics, parameters["weight"], parameters["bias"], module.eps)
+    statistics = _statistics(module)
+    return NotImplemented if statistics is None else fold_batch_norm(x, *statistics)
 
 
-def _relu(module: Any, x: Deferred) -> Any:
-    return activate(x, epilogue.RELU, module.inplace)
+def _batch_norm_next(module: Any, product: Product) -> Any:
+    statistics = _statistics(module)
+    return NotImplemented if statistics is None else product.batch_normalized(*statistics)
 
 
-def _relu6(module: Any, x: Deferred) -> Any:
-    return activate(x, epilogue.hardtanh(0.0, 6.0), module.inplace)
+def _dropout(module: Any, x: Any) -> Any:
+    return NotImplemented if module.training else x
 
 
-def _silu(module: Any, x: Deferred) -> Any:
-    return activate(x, epilogue.SILU, module.inplace)
+def _activation(of: Callable[[Any], Activation]) -> tuple[Shortcut, Follower]:
+    """Both ways to take over a module whose activation ``of`` tells."""
+
+    def shortcut(module: Any, x: Deferred) -> Any:
+        return activate(x, of(module), getattr(module, "inplace", False))
+
+    def follower(module: Any, product: Product) -> Any:
+        return product.activated(of(module)) if product.activation is NO_ACTIVATION else NotImplemented
+
+    return shortcut, follower
 
 
-def _hardswish(module: Any, x: Deferred) -> Any:
-    return activate(x, epilogue.HARDSWISH, module.inplace)
-
-
-def _gelu(module: Any, x: Deferred) -> Any:
-    return activate(x, epilogue.GELU_TANH if module.approximate == "tanh" else epilogue.GELU_ERF)
-
-
-SHORTCUTS: dict[type[nn.Module], Shortcut] = {
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
-    nn.BatchNorm3d: _batch_norm,
-    nn.ReLU: _relu,
-    nn.ReLU6: _relu6,
-    nn.SiLU: _silu,
-    nn.Hardswish: _hardswish,
-    nn.GELU: _gelu,
+_RELU6 = epilogue.hardtanh(0.0, 6.0)
+SHORTCUTS: dict[type[nn.Module], tuple[Shortcut, Follower]] = {
+    nn.BatchNorm1d: (_batch_norm, _batch_norm_next),
+    nn.BatchNorm2d: (_batch_norm, _batch_norm_next),
+    nn.BatchNorm3d: (_batch_norm, _batch_norm_next),
+    nn.Dropout: (_dropout, _dropout),
+    nn.ReLU: _activation(lambda _: epilogue.RELU),
+    nn.ReLU6: _activation(lambda _: _RELU6),
+    nn.SiLU: _activation(lambda _: epilogue.SILU),
+    nn.Hardswish: _activation(lambda _: epilogue.HARDSWISH),
+    nn.GELU: _activation(lambda m: epilogue.GELU_TANH if m.approximate == "tanh" else epilogue.GELU_ERF),
 }
 
 
 def take_shortcuts(model: nn.Module) -> None:
     """Let the modules of ``model`` that have a shortcut take it whenever they are handed a deferred result."""
     for module in model.modules():
-        shortcut = SHORTCUTS.get(getattr(type(module), "float_class", type(module)))
-        if shortcut is not None and "forward" not in module.__dict__:
-            module.__dict__["forward"] = functools.partial(_forward, module, shortcut)
+        kind = getattr(type(module), "float_class", type(module))
+        if kind in SHORTCUTS and "forward" not in module.__dict__:
+            module.__dict__["forward"] = functools.partial(_forward, module, kind)
 
 
-def _forward(module: Any, shortcut: Shortcut, input: Any) -> Any:
+def _forward(module: Any, kind: type[nn.Module], input: Any) -> Any:
     if type(input) is Deferred and getattr(module, "_float_only", True):
-        result = shortcut(module, input)
+        result = SHORTCUTS[kind][0](module, input)
         if result is not NotImplemented:
             return result
     return type(module).forward(module, input)
+
+
+def join_sequences(model: nn.Module) -> None:
+    """Let the sequences of ``model`` hand the products of their layers on without making tensors of them."""
+    for module in model.modules():
+        kind = getattr(type(module), "float_class", type(module))
+        own = getattr(kind, "forward", None) is nn.Sequential.forward and "forward" not in module.__dict__
+        if own and any(isinstance(child, IntegerLayer) for child in module.children()):
+            module.__dict__["forward"] = functools.partial(_sequence, module)
+
+
+def _sequence(module: Any, input: Any) -> Any:
+    """``torch.nn.Sequential.forward``."""
+    if torch.compiler.is_compiling() or _all_are_observed() or not getattr(module, "_float_only", True):
+        return type(module).forward(module, input)
+    product: Product | None = None
+    for child in module._modules.values():
+        forward = child.__dict__.get("forward")
+        unobserved = not _is_observed(child)
+        if product is not None:
+            following = _following(child, forward, product) if unobserved else NotImplemented
+            if following is not NotImplemented:
+                product = following
+                continue
+            input, product = product.layer.defer(product), None
+        if unobserved and forward is None and isinstance(child, IntegerLayer):
+            product = child.begin(input)
+            if product is not None:
+                continue
+        input = child(input)
+    return input if product is None else product.layer.defer(product)
+
+
+def _following(module: Any, forward: Any, product: Product) -> Any:
+    """What ``module`` makes of the product before it, if it takes a shortcut."""
+    if getattr(forward, "func", None) is not _forward or not getattr(module, "_float_only", True):
+        return NotImplemented
+    return SHORTCUTS[forward.args[1]][1](module, product)
+
+
+def _all_are_observed() -> bool:
+    """Whether hooks or a tracer see the calls of all modules."""
+    m = torch.nn.modules.module
+    forward = m._global_forward_hooks or m._global_forward_pre_hooks
+    return bool(forward or m._global_backward_hooks or m._global_backward_pre_hooks or torch._C._get_tracing_state())
+
+
+def _is_observed(module: Any) -> bool:
+    """Whether hooks see the calls of ``module``."""
+    state = module.__dict__
+    forward = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    return bool(forward or state["_backward_hooks"] or state["_backward_pre_hooks"])

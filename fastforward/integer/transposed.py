@@ -112,7 +112,7 @@ class IntegerConvTranspose(IntegerLayer):
         if torch.compiler.is_compiling():
             y = self._side_by_side(self._inner(self._extended(x, extra, 0)), x.shape[2:], extra)
         elif extra == self.output_padding:
-            y = self.product(self.codes(x), input.dtype)
+            y = self.defer(self.product(self.codes(x), input.dtype))
         else:
             y = self._computed(self.codes(x), extra).to(input.dtype)
         y = y if self.output_quantizer is None else self.output_quantizer(y)
