@@ -49,7 +49,4 @@ class Folded:
             return False
         if norm.weight is not weight or norm.bias is not bias or norm.eps != eps:
             return False
-        for operand, version in self.versions:
-            if operand._version != version:
-                return False
-        return True
+        return all(operand._version == version for operand, version in self.versions)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastforward.integer import epilogue as epilogues
-from fastforward.integer.deferred import RULES, Deferred, Product, call_with_values
+from fastforward.integer.deferred import RULES, Deferred, call_with_values
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation
 from fastforward.integer.residual import plus
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fastforward_kernels.int_mm import int_mm
 
-from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments
+from fastforward.integer.epilogue import NO_ACTIVATION, RELU, Activation, Epilogue, arguments
 from fastforward.integer.grid import Grid
 
 # Below this many rows the fixed cost of a oneDNN call (about 30 us) exceeds what its fused epilogue saves.
@@ -107,9 +107,11 @@ def linear_int_mm(
     """Multiply ``[..., K]`` codes by a plain int8 weight ``[N, K]``; float32, or codes on ``out``."""
     rows = codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
     y = torch.addcmul(epilogue.compensated, int_mm(rows, weight.t()), epilogue.factor)
-    y = activation.apply(y)
-    if out is not None:
-        y = out.codes(y)
+    if out is None:
+        y = activation.apply(y)
+    else:
+        # Rounding to codes from real zero upwards does what relu would.
+        y = out.codes_in_place(y if activation is RELU and out.zero_point == 0 else activation.apply(y))
     return y if codes.dim() == 2 else y.view(*codes.shape[:-1], weight.shape[0])
 
 
