@@ -6,13 +6,13 @@ import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import onednn, portable
-from fastforward.integer.choose import fastest
 from fastforward.integer.deferred import Deferred, Product
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, arguments, make_epilogue
 from fastforward.integer.folding import Folded, Norm
 from fastforward.integer.grid import Grid, grid_of
-from fastforward.integer.layer import IntegerLayer, become, require_known
-from fastforward.integer.layout import contiguous, laid_out, padded
+from fastforward.integer.layer import become
+from fastforward.integer.layout import laid_out, padded
+from fastforward.integer.measured import MeasuredLayer
 from fastforward.integer.tracing import is_exporting
 from fastforward.integer.unfolded import conv_int_mm
 from fastforward.integer.weights import integer_weight
@@ -26,10 +26,9 @@ _WIDE = 64
 _MOST_PACKS = 4
 """Input shapes of a layer for which packed weights are kept."""
 _ANY_SHAPE: tuple[int, tuple[int, ...]] = (0, ())
-_KERNELS = ("onednn", "float")
 
 
-class IntegerConv(IntegerLayer):
+class IntegerConv(MeasuredLayer):
     """A convolution with integer operands; subclasses add the float class.
 
     Buffers ``weight_int8`` (shape of the float weight) and ``weight_scale`` (``[out_channels]``) replace the float
@@ -58,10 +57,6 @@ class IntegerConv(IntegerLayer):
     _memory: torch.memory_format
     _conv_forward: Any
     _zero_points: torch.Tensor
-    _float_weight: torch.Tensor | None
-    _kernels: dict[tuple[int, ...], str]
-    measures: bool
-    _float_wins: bool
 
     @classmethod
     def swap(cls, layer: Any, grid: Grid | None = None, *, keep_float: bool = False) -> "IntegerConv":
@@ -80,33 +75,9 @@ class IntegerConv(IntegerLayer):
         self._strides, self._paddings, self._dilations = list(self.stride), self._padding_sizes(), list(self.dilation)
         self._dimensions, self._on_cpu = self.weight_int8.dim(), self.weight_int8.device.type == "cpu"
         self._memory = _MEMORY.get(self._dimensions, torch.contiguous_format)
-        self._float_weight, self._zero_points = None, onednn._zeros(self.out_channels)
+        self._zero_points = onednn._zeros(self.out_channels)
         self.record.kernel = "onednn"
-        if "_kernels" not in self.__dict__:  # moving a layer keeps what was measured
-            self.start()
         self._pack_ahead()
-
-    def start(self, backend: str = "auto", *, measure: bool = False) -> None:
-        """Forget what was measured; ``measure`` lets the next calls find out for which shapes float is faster."""
-        self.measures = measure and backend == "auto" and self._on_cpu
-        self._kernels, self._float_wins = {}, False
-
-    def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """As of every integer layer, with the shapes for which float or integers turned out to be faster."""
-        tensors, data = super().quantization_state()
-        return tensors, {**data, "kernels": [[list(shape), kernel] for shape, kernel in self._kernels.items()]}
-
-    @classmethod
-    def from_quantization_state(
-        cls, module: torch.nn.Module, tensors: dict[str, torch.Tensor], data: dict[str, Any]
-    ) -> torch.nn.Module:
-        layer = super().from_quantization_state(module, tensors, data)
-        assert isinstance(layer, IntegerConv)
-        layer.start()
-        kernels = data.get("kernels", ())  # states of earlier versions have none
-        layer._kernels = {tuple(map(int, shape)): require_known(kernel, _KERNELS) for shape, kernel in kernels}
-        layer._float_wins = "float" in layer._kernels.values()
-        return layer
 
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -118,8 +89,8 @@ class IntegerConv(IntegerLayer):
         product = self.begin(input)
         if product is not None:
             return self.defer(product)
-        if self._float_wins and self._kernels.get(tuple(input.shape)) == "float":
-            return self._in_floats(input)
+        if self.prefers_floats(input):
+            return self.in_floats(input)
         batched = input.dim() == self._dimensions
         y: torch.Tensor = self.defer(self.product(self.codes(input if batched else input.unsqueeze(0)), input.dtype))
         if not self.defers and type(y) is Deferred:
@@ -132,7 +103,7 @@ class IntegerConv(IntegerLayer):
         shape, dtype = (input._shape, input._dtype) if type(input) is Deferred else (input.shape, input.dtype)
         if not self.defers or self.output_quantizer is not None or len(shape) != self._dimensions:
             return None
-        if self._float_wins and self._kernels.get(tuple(shape)) == "float":
+        if self.prefers_floats(input):
             return None
         return self.product(self.codes(input), dtype)
 
@@ -167,11 +138,6 @@ class IntegerConv(IntegerLayer):
             activation.algorithm,
         )
         return onednn.limited(result, out)
-
-    def compute_floats(self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation) -> torch.Tensor:
-        if self.measures and codes.shape not in self._kernels:
-            self._choose(codes, epilogue, activation)
-        return self.compute(codes, epilogue, activation)
 
     def accumulate(
         self,
@@ -215,33 +181,9 @@ class IntegerConv(IntegerLayer):
         )
         return onednn.limited(result, out)
 
-    def _choose(self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation) -> None:
-        """Find out whether floats are faster for an input of this shape, from floats to floats."""
-        shape = tuple(codes.shape)
-        self._kernels[shape] = "onednn"
-        if self.record.source != "float32":
-            return
-        x = self.grid.values(codes)
-
-        def integers() -> None:
-            contiguous(self.compute(self.grid.fresh_codes(x), epilogue, activation))
-
-        def floats() -> None:
-            contiguous(activation.apply(self._in_floats(x)))
-
-        self._kernels[shape] = kernel = fastest({"onednn": integers, "float": floats})
-        if kernel == "float":
-            self._float_wins = True
-        elif not self._float_wins:
-            self._float_weight = None
-
-    def _in_floats(self, x: torch.Tensor) -> torch.Tensor:
-        self.record.kernel, self.record.source, self.record.result = "float", "float32", "float32"
-        if self._float_weight is None or self._float_weight.dtype != x.dtype:
-            self._float_weight = self.weight.to(x.dtype)
-        bias = None if self.epilogue.bias is None else self.epilogue.bias.to(x.dtype)
-        y: torch.Tensor = self._conv_forward(x, self._float_weight, bias)
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+    def float_operator(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = self._conv_forward(x, weight, bias)
+        return y
 
     def _operands_of(
         self, codes: torch.Tensor, epilogue: Epilogue

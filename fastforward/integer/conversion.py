@@ -8,11 +8,11 @@ import torch
 from fastforward.exceptions import CalibrationError, QuantizationError
 from fastforward.integer import attention, fusion, onednn
 from fastforward.integer.bypass import bypass_rewriting
-from fastforward.integer.conv import IntegerConv
 from fastforward.integer.deferred import Deferred
 from fastforward.integer.forms import plan
 from fastforward.integer.islands import speed_up
 from fastforward.integer.linear import IntegerLinear
+from fastforward.integer.measured import MeasuredLayer
 from fastforward.integer.recurrent import IntegerRecurrent
 from fastforward.integer.shortcuts import join_sequences, take_shortcuts
 from fastforward.nn.call_paths import pending_quantizers
@@ -74,7 +74,7 @@ def finish(
         ``model``.
     """
     for layer in layers:
-        if isinstance(layer, IntegerLinear | IntegerConv | IntegerRecurrent):
+        if isinstance(layer, IntegerLinear | MeasuredLayer | IntegerRecurrent):
             layer.start(backend, measure=example_inputs is not None)
     for _, quantizer in (*_quantizers(model), *pending_quantizers(model)):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
@@ -112,7 +112,7 @@ def learn(model: torch.nn.Module, example_inputs: Any) -> None:
                 if type(result) is Deferred:
                     result.materialize()
     for module in model.modules():
-        if isinstance(module, IntegerLinear | IntegerConv | IntegerRecurrent):
+        if isinstance(module, IntegerLinear | MeasuredLayer | IntegerRecurrent):
             module.measures = False
 
 

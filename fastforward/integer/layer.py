@@ -90,7 +90,11 @@ class IntegerLayer(torch.nn.Module):
     def prepare(self, bias: torch.Tensor | None) -> None:
         """Compute what is derived from weight, bias and grid."""
         self.grid.on(self.weight_int8.device)
-        self.epilogue = make_epilogue(self.weight_int8, self.weight_scale, bias, self.grid.scale, self.grid.zero_point)
+        self.epilogue = make_epilogue(self.filters(), self.weight_scale, bias, self.grid.scale, self.grid.zero_point)
+
+    def filters(self) -> torch.Tensor:
+        """The integers by output channel, ``[channels, ...]``."""
+        return self.weight_int8
 
     @property
     def weight(self) -> torch.Tensor:

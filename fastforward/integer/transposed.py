@@ -13,9 +13,10 @@ import torch
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import onednn
 from fastforward.integer.conv import IntegerConv, IntegerConv1d, IntegerConv2d, IntegerConv3d
-from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, make_epilogue
+from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid
-from fastforward.integer.layer import IntegerLayer, become
+from fastforward.integer.layer import become
+from fastforward.integer.measured import MeasuredLayer
 from fastforward.integer.weights import integer_weight, require_integer
 from fastforward.nn.conv import QuantizedConvTranspose1d, QuantizedConvTranspose2d, QuantizedConvTranspose3d
 from fastforward.nn.operands import quantize_parameter
@@ -28,7 +29,7 @@ _CONVS = (
 )
 
 
-class IntegerConvTranspose(IntegerLayer):
+class IntegerConvTranspose(MeasuredLayer):
     """A transposed convolution with integer operands; subclasses add the float class.
 
     Buffers ``weight_int8`` (shape of the float weight, ``[in_channels, out_channels / groups, *kernel]``) and
@@ -46,6 +47,7 @@ class IntegerConvTranspose(IntegerLayer):
     dilation: tuple[int, ...]
     _output_padding: Any
     _inner: IntegerConv
+    _kernel: str
 
     @classmethod
     def swap(cls, layer: Any, grid: Grid, *, keep_float: bool = False) -> "IntegerConvTranspose":
@@ -59,8 +61,8 @@ class IntegerConvTranspose(IntegerLayer):
         return layer  # type: ignore[no-any-return]
 
     def prepare(self, bias: torch.Tensor | None) -> None:
-        grid, rows = self.grid, _output_major(self.weight_int8, self.groups)
-        self.epilogue = make_epilogue(rows, self.weight_scale, bias, grid.scale, grid.zero_point)
+        super().prepare(bias)
+        grid = self.grid
         phases = math.prod(self.stride)
         spread = (self.groups, 1, self.out_channels // self.groups)
 
@@ -82,7 +84,11 @@ class IntegerConvTranspose(IntegerLayer):
         become(inner, integer)
         inner.install(weight, per_phase(self.weight_scale), None if bias is None else per_phase(bias), grid, None)
         object.__setattr__(self, "_inner", inner)  # beside the modules: its tensors are derived from this layer's
-        self.record.kernel = f"onednn, {phases} phases"
+        self.record.kernel = self._kernel = f"onednn, {phases} phases"
+
+    def filters(self) -> torch.Tensor:
+        rows: torch.Tensor = self.weight_int8.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return rows
 
     def weight_shape(self) -> tuple[int, ...]:
         return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
@@ -107,6 +113,8 @@ class IntegerConvTranspose(IntegerLayer):
                     input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
                 )
             )
+        if extra == self.output_padding and not torch.compiler.is_compiling() and self.prefers_floats(input):
+            return self.in_floats(input)
         batched = input.dim() == self.weight_int8.dim()
         x = input if batched else input.unsqueeze(0)
         if torch.compiler.is_compiling():
@@ -130,11 +138,17 @@ class IntegerConvTranspose(IntegerLayer):
         activation: Activation = NO_ACTIVATION,
         out: Grid | None = None,
     ) -> torch.Tensor:
-        inner = self._inner
+        inner, self.record.kernel = self._inner, self._kernel
         extended = self._extended(codes, extra, self.grid.zero_point)
         extended = extended.contiguous(memory_format=_MEMORY.get(codes.dim(), torch.contiguous_format))
         y = inner.compute(extended, inner.epilogue, activation, out)
         return self._side_by_side(y, codes.shape[2:], extra)
+
+    def float_operator(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        function = getattr(torch.nn.functional, f"conv_transpose{len(self.stride)}d")
+        geometry = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        y: torch.Tensor = function(x, weight, bias, *geometry)
+        return y
 
     def output_shape(self, codes: torch.Tensor) -> tuple[int, ...]:
         return (codes.shape[0], self.out_channels, *self._sizes(codes.shape[2:], self.output_padding))
@@ -220,12 +234,6 @@ def phase_weight(weight: torch.Tensor, stride: tuple[int, ...], dilation: tuple[
     weight = weight.unflatten(0, (groups, -1))
     order = [0, *(4 + 2 * d for d in range(dims)), 2, 1, *(3 + 2 * d for d in range(dims))]
     return weight.permute(order).flatten(0, 1 + dims).contiguous()
-
-
-def _output_major(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """``[out_channels, in_channels / groups, *kernel]``."""
-    rows: torch.Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    return rows
 
 
 def require_transposed(layer: Any) -> None:

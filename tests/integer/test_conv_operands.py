@@ -8,7 +8,7 @@ import torch
 from calibrated import Net, close, outputs, simulated
 
 import fastforward as ff
-from fastforward.integer import conv as conv_module
+from fastforward.integer import measured
 
 nn = torch.nn
 
@@ -103,14 +103,14 @@ def test_weights_are_packed_for_the_shapes_that_arrive() -> None:
     assert len(model.conv._packs) == 4  # those of the latest shapes, not of all
 
 
-@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d])
 def test_float_is_kept_where_it_is_faster_and_in_the_state(kind: type[nn.Module], monkeypatch, tmp_path) -> None:
     torch.manual_seed(0)
-    layer = kind(4, 8, 3, padding=1)
+    layer = kind(4, 8, 3, stride=2, padding=1)
     example = torch.randn(2, 4, *[6] * (layer.weight.dim() - 2))
     model = simulated(nn.Sequential(layer), example)
     expected, target = outputs(model, example), copy.deepcopy(model)
-    monkeypatch.setattr(conv_module, "fastest", lambda ways: [way() for way in ways.values()] and "float")
+    monkeypatch.setattr(measured, "fastest", lambda ways: [way() for way in ways.values()] and "float")
     ff.convert(model, example_inputs=example)
     (link,) = ff.integer.explain(model).links
     assert link.reason.startswith("float is faster")
@@ -121,7 +121,7 @@ def test_float_is_kept_where_it_is_faster_and_in_the_state(kind: type[nn.Module]
         torch.testing.assert_close(outputs(other, example), outputs(model, example), rtol=0, atol=0)
         assert not ff.integer.explain(other).integer
     outputs(model, example[..., :5])  # nothing is known of this shape
-    assert ff.integer.explain(model).links[0].kernel == "onednn"
+    assert ff.integer.explain(model).links[0].kernel.startswith("onednn")
 
 
 def test_between_integers_floats_are_no_candidate(monkeypatch) -> None:
@@ -129,7 +129,7 @@ def test_between_integers_floats_are_no_candidate(monkeypatch) -> None:
     example = torch.randn(2, 4, 6, 6)
     layers = {"a": nn.Conv2d(4, 8, 3), "b": nn.Conv2d(8, 8, 3)}
     model = simulated(Net(lambda self, x: self.b(self.a(x).relu()), **layers), example)
-    monkeypatch.setattr(conv_module, "fastest", lambda ways: pytest.fail("measured"))
+    monkeypatch.setattr(measured, "fastest", lambda ways: pytest.fail("measured"))
     ff.convert(model, example_inputs=example)
     assert len(ff.integer.explain(model).integer) == 2
 
@@ -143,8 +143,8 @@ def test_comparing_a_rounded_addend_with_the_exact_one_measures_no_floats(monkey
     example = torch.randn(2, 4, 6, 6)
     layers = {"a": nn.Conv2d(4, 8, 3), "b": nn.Conv2d(8, 8, 3, padding=1), "c": nn.Conv2d(8, 8, 3)}
     model = simulated(Net(forward, **layers), example)
-    measured = []
-    monkeypatch.setattr(conv_module, "fastest", lambda ways: measured.append(ways) or "onednn")
+    tried = []
+    monkeypatch.setattr(measured, "fastest", lambda ways: tried.append(ways) or "onednn")
     ff.convert(model, example_inputs=example)
     assert model.b.adds_codes is not None
-    assert len(measured) == 0, "a and b end in codes, and c begins with them"
+    assert tried == [], "a and b end in codes, and c begins with them"
