@@ -14,7 +14,7 @@ _CPU = torch.device("cpu")
 
 
 def fastest(candidates: dict[str, Callable[[], Any]], device: torch.device = _CPU) -> str:
-    """Return the name of the fastest candidate on ``device``; a later one must win by 3 %.
+    """Return the name of the fastest candidate on ``device``; a later one must win by 3 %: the most exact come first.
 
     Candidates run in turn, and the minimum of each counts: on a busy machine other processes only ever add time. With
     one thread it is the processor's time, which does not count that of others.

@@ -182,7 +182,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
             return lambda: (self.grid.fresh_codes(x), run())
 
         integers = {kernel: quantizing(run) for kernel, run in candidates.items()}
-        return {**integers, "float": lambda: activation.apply(self._in_floats(x))}
+        return {"float": lambda: activation.apply(self._in_floats(x)), **integers}
 
     def _in_floats(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

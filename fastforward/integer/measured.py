@@ -86,8 +86,8 @@ class MeasuredLayer(IntegerLayer):
             return
         x = self.grid.values(codes)
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "onednn": lambda: contiguous(self.compute(self.grid.fresh_codes(x), epilogue, activation)),
             "float": lambda: contiguous(activation.apply(self.in_floats(x))),
+            "onednn": lambda: contiguous(self.compute(self.grid.fresh_codes(x), epilogue, activation)),
         }
         self._kernels[shape] = kernel = fastest(ways)
         if kernel == "float":
