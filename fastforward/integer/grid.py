@@ -80,7 +80,8 @@ class Grid:
 
     def fresh_codes(self, x: torch.Tensor) -> torch.Tensor:
         """``codes`` without the codes kept for a value seen before."""
-        x = x.detach()
+        if x.requires_grad:
+            x = x.detach()
         if x.dtype != torch.float32:
             x = x.float()
         if self.inverse_smoothing is not None:
@@ -95,6 +96,8 @@ class Grid:
         """Codes of the scaled channels of ``x``."""
         factor = self.inverse_smoothing
         assert factor is not None
+        if x.numel() <= _BLOCK:
+            return self._rounded(representable(x * factor, self.scale))
         blocks = in_blocks(x.reshape(-1, x.shape[-1]))
         return joined([self._rounded(representable(block * factor, self.scale)) for block in blocks]).view(x.shape)
 
