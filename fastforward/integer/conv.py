@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from fastforward_kernels.cpu_matmul import conv1d_fuses_relu
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import onednn, portable
@@ -298,7 +299,7 @@ class IntegerConv(MeasuredLayer):
 class IntegerConv1d(IntegerConv, torch.nn.Conv1d):  # type: ignore[override]
     """``torch.nn.Conv1d`` with integer operands."""
 
-    _fusible = ("none", "relu") if onednn.conv1d_fuses_relu() else ("none",)
+    _fusible = ("none", "relu") if conv1d_fuses_relu() else ("none",)
 
 
 class IntegerConv2d(IntegerConv, torch.nn.Conv2d):  # type: ignore[override]

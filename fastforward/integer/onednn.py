@@ -48,20 +48,6 @@ def _exact() -> bool:
     return bool((y == 127 * 255 * depth).all()) and bool((int_mm(codes, weight.t()) == 127 * 255 * depth).all())
 
 
-def conv1d_fuses_relu() -> bool:
-    """Whether the convolution of one dimension takes an activation; before torch 2.7 it took none."""
-    if CONVOLUTIONS[1] is None or not has_onednn():
-        return False
-    one, zero, sizes = torch.ones(1), torch.zeros(1, dtype=torch.int64), ([1], [0], [1])
-    packed = torch.ops.onednn.qconv_prepack(torch.ones(1, 1, 1, dtype=torch.int8), one, 1.0, 0, *sizes, 1, None)
-    codes = torch.ones(1, 1, 4, dtype=torch.uint8)
-    try:
-        CONVOLUTIONS[1](codes, 1.0, 0, packed, one, zero, None, *sizes, 1, 1.0, 0, torch.float32, "relu", [], "")
-    except RuntimeError:
-        return False
-    return True
-
-
 @functools.lru_cache(maxsize=256)
 def _zeros(channels: int) -> torch.Tensor:
     """The zero points of symmetric weights, as oneDNN wants them."""

@@ -31,6 +31,31 @@ def exact_onednn() -> bool:
 
 
 @functools.cache
+def conv1d_fuses_relu() -> bool:
+    """Return whether oneDNN's convolution of one dimension takes an activation; before torch 2.7 it took none."""
+    if not exact_onednn():
+        return False
+    one, zero, sizes = torch.ones(1), torch.zeros(1, dtype=torch.int64), ([1], [0], [1])
+    pack = torch.ops.onednn.qconv_prepack(torch.ones(1, 1, 1, dtype=torch.int8), one, 1.0, 0, *sizes, 1, None)
+    x = torch.ones(1, 1, 4, dtype=torch.uint8)
+    try:
+        _qconv(x, 1.0, 0, pack, one, zero, None, *sizes, 1, 1.0, 0, torch.float32, "relu", [], "")
+    except RuntimeError:
+        return False
+    return True
+
+
+@functools.cache
+def _stores_int8() -> bool:
+    """Return whether a product asked for int8 has negative numbers; before torch 2.7 they were cut off at 0."""
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    pack = torch.ops.onednn.qlinear_prepack(torch.full((1, 32), -1, dtype=torch.int8), None)
+    x = torch.ones(1, 32, dtype=torch.uint8)
+    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, pack, one, zero, None, 1.0, 0, torch.int8, "none", [], "")
+    return int(y) == -32
+
+
+@functools.cache
 def _quantize_per_tensor() -> Any:
     """Return torch's fused float32 -> 8-bit operator, whose deprecation warning is thrown once here; None if gone."""
     function = getattr(torch, "quantize_per_tensor", None)
@@ -154,7 +179,7 @@ def _made_by_onednn(
     """Return the scale and type of the result that oneDNN is asked for: integers only with no zero point to add."""
     if out_scale is None:
         return 1.0, torch.float32 if out_dtype == torch.float16 else out_dtype
-    if out_zero_point is not None and int(out_zero_point):
+    if (out_zero_point is not None and int(out_zero_point)) or (out_dtype == torch.int8 and not _stores_int8()):
         return 1.0, torch.float32
     return float(out_scale), out_dtype
 
@@ -238,7 +263,8 @@ def int8_conv(
     pack, scale = _conv_pack(weight, weight_scale, geometry, data), x_scale.reshape(()) * weight_scale
     inputs = (data, 1.0, zero_point, pack, scale)
     zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
-    if residual is None and activation in ("none", "relu"):
+    fused = activation == "none" or (activation == "relu" and (x.dim() != 3 or conv1d_fuses_relu()))
+    if residual is None and fused:
         step, made = _made_by_onednn(out_dtype, out_scale, out_zero_point)
         name, algorithm = POST_OPS[activation]
         y = _qconv(*inputs, zeros, bias, *geometry, step, 0, made, name, [], algorithm)

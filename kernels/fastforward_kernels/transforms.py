@@ -13,9 +13,14 @@ from torch.autograd import forward_ad
 
 from fastforward_kernels import reference
 
+_COMPILERS_LOOK = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+"""Whether Dynamo can trace the question; older ones are told that there is no transform."""
+
 
 def active() -> bool:
     """Whether a functional transform or forward-mode differentiation is in progress."""
+    if not _COMPILERS_LOOK and torch.compiler.is_dynamo_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
