@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from fastforward.autoquant import kinds
+from fastforward.autoquant.callees import UNKNOWN
 from fastforward.autoquant.helpers import TextUnit
 from fastforward.autoquant.kinds import Kind
-from fastforward.autoquant.marks import UNKNOWN, Resolver
+from fastforward.autoquant.marks import Resolver
 from fastforward.autoquant.source import FunctionNode, qualname
 
 Promises = dict[str, ast.expr]

@@ -3,18 +3,10 @@
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from fastforward.autoquant.local_imports import LocalImport, imports_of
 from fastforward.autoquant.source import FunctionNode
-
-# Methods of a tensor whose results may share its memory.
-_VIEWS = frozenset(
-    ["chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "movedim", "narrow", "permute"]
-    + ["ravel", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "swapdims", "t", "tensor_split"]
-    + ["transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"]
-)
-_TAKING_IN = frozenset(("append", "extend", "insert"))
 
 
 class Definition(NamedTuple):
@@ -36,21 +28,33 @@ class Frame:
     """One function scope: its names, how they are bound, and which of them operators read.
 
     Attributes:
+        outer: The scope around it, for a function within a function.
         inline_only: Names that are never rebound.
-        changed: Those of them whose objects are changed in place.
-        same: Names whose objects may be the same, share memory, or contain one another.
+        declared: Names that a ``global`` or ``nonlocal`` statement gives away.
+        reads: ``id`` of a name that an operator reads -> the operand.
         imports: Names that an import statement in the body binds; ``None`` for one that is bound otherwise too.
+        nested: ``id`` of a function within it -> that function's scope.
+        functions: The scopes of those that have a name.
+        statements: The nodes of the body that may give a tensor another name or change it.
     """
 
     node: FunctionNode
+    outer: Optional["Frame"] = None
     locals: set[str] = field(default_factory=set)
     inline_only: set[str] = field(default_factory=set)
-    changed: set[str] = field(default_factory=set)
-    same: list[set[str]] = field(default_factory=list)
+    declared: set[str] = field(default_factory=set)
     definitions: dict[str, list[Definition]] = field(default_factory=dict)
     operands: dict[str, Use] = field(default_factory=dict)
-    reads: set[int] = field(default_factory=set)
+    reads: dict[int, ast.expr] = field(default_factory=dict)
     imports: dict[str, LocalImport | None] = field(default_factory=dict)
+    nested: dict[int, "Frame"] = field(default_factory=dict)
+    functions: dict[str, "Frame"] = field(default_factory=dict)
+    statements: list[ast.AST] = field(default_factory=list)
+
+    @property
+    def body(self) -> list[Any]:
+        """Its statements; of a lambda, the expression."""
+        return self.node.body if isinstance(self.node.body, list) else [self.node.body]
 
     def bind(self, name: str) -> None:
         """Note a binding of ``name`` that is no import."""
@@ -62,6 +66,14 @@ class Frame:
         for name, what in imports_of(node).items():
             self.imports[name] = what if name not in self.locals else None
             self.locals.add(name)
+
+    def rebinds(self, name: str) -> bool:
+        """Whether a statement binds ``name``; an argument alone does not count."""
+        return name in self.imports
+
+    def owns(self, name: str) -> bool:
+        """Whether ``name`` is a variable of this scope, not of one around it."""
+        return name in self.locals and name not in self.declared
 
 
 def parameters(arguments: ast.arguments) -> Iterator[ast.arg]:
@@ -80,60 +92,21 @@ def parameter_called(arguments: ast.arguments, name: str) -> ast.AST:
     return next(argument for argument in parameters(arguments) if argument.arg == name)
 
 
-def scan(body: list[Any], frame: Frame) -> None:
-    """Collect the local names of a function body, and those that must not be rebound to a quantized copy."""
-    for child in body:
+def scan(node: FunctionNode, outer: Frame | None = None) -> Frame:
+    """Collect the names of a function and of those within it."""
+    frame = Frame(node, outer)
+    frame.locals.update(argument.arg for argument in parameters(node.args))
+    for child in frame.body:
         _scan_node(child, frame)
-    _spread(frame)
+    if isinstance(node, ast.Lambda):
+        frame.inline_only |= frame.locals
+    return frame
 
 
-def _spread(frame: Frame) -> None:
-    """What changes in place under one name changes under the others that it has, and none of them is rebound."""
-    known = -1
-    while known != len(frame.changed):
-        known = len(frame.changed)
-        for names in frame.same:
-            if not names.isdisjoint(frame.changed):
-                frame.changed |= names
-    frame.inline_only |= frame.changed
-
-
-def _same_objects(node: ast.AST) -> Iterator[set[str]]:
-    """The names that ``node`` gives to objects which have names already, with those."""
-    if isinstance(node, ast.Assign):
-        yield _shared(node.targets, node.value)
-    elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)):
-        yield _shared([node.target], node.value)
-    elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
-        yield _shared([node.target], node.iter)
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _TAKING_IN:
-        for argument in node.args:
-            yield _shared([node.func.value], argument)
-
-
-def _shared(targets: list[ast.expr], value: ast.expr | None) -> set[str]:
-    held = set() if value is None else set(_held(value))
-    named = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
-    return held | named if held else set()
-
-
-def _held(value: ast.expr) -> Iterator[str]:
-    """Names whose tensor ``value`` is, contains or is a view of; calls of functions are taken to make new ones."""
-    if isinstance(value, ast.Name):
-        yield value.id
-    elif isinstance(value, (ast.Subscript, ast.Starred, ast.NamedExpr)):
-        yield from _held(value.value)
-    elif isinstance(value, (ast.List, ast.Tuple, ast.Set)):
-        for item in value.elts:
-            yield from _held(item)
-    elif isinstance(value, (ast.Dict, ast.BoolOp)):
-        for item in value.values:
-            yield from _held(item)
-    elif isinstance(value, ast.IfExp):
-        yield from _held(value.body)
-        yield from _held(value.orelse)
-    elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _VIEWS:
-        yield from _held(value.func.value)
+_NAMING: tuple[type[ast.AST], ...] = (
+    *(ast.AnnAssign, ast.Assign, ast.AsyncFor, ast.AsyncWith, ast.AugAssign, ast.Call, ast.Delete, ast.For, ast.Match),
+    *(ast.NamedExpr, ast.Return, ast.With, ast.Yield, ast.YieldFrom, ast.comprehension),
+)
 
 
 def _scan_node(node: ast.AST, frame: Frame) -> None:
@@ -141,24 +114,18 @@ def _scan_node(node: ast.AST, frame: Frame) -> None:
         if not isinstance(node.ctx, ast.Load):
             frame.bind(node.id)
         return
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        _scan_function(node, frame)
+        return
+    if isinstance(node, ast.ClassDef):
+        frame.bind(node.name)
+        frame.inline_only |= _given_away(node)
+        return
     if isinstance(node, (ast.Global, ast.Nonlocal)):
         frame.inline_only.update(node.names)
-    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        frame.bind(node.name)
-        frame.inline_only.update(
-            name for inner in ast.walk(node) if isinstance(inner, ast.Nonlocal) for name in inner.names
-        )
-        return
-    elif isinstance(node, ast.Lambda):
-        return
+        frame.declared.update(node.names)
     elif isinstance(node, ast.comprehension):
         frame.inline_only.update(inner.id for inner in ast.walk(node.target) if isinstance(inner, ast.Name))
-    elif isinstance(node, ast.AugAssign):
-        frame.changed.update(_changed(node.target))
-    elif isinstance(node, (ast.Assign, ast.Delete)):
-        for target in node.targets:
-            if isinstance(target, ast.Subscript):
-                frame.changed.update(_changed(target))
     elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
         frame.bind(node.name)
         frame.inline_only.add(node.name)
@@ -167,20 +134,32 @@ def _scan_node(node: ast.AST, frame: Frame) -> None:
         frame.inline_only.add(node.rest)
     elif isinstance(node, (ast.Import, ast.ImportFrom)):
         frame.bind_import(node)
-    elif isinstance(node, ast.Call):
-        frame.changed.update(_changed_by_call(node))
     elif isinstance(node, ast.Compare):
         frame.inline_only.update(_identified(node))
-    frame.same += _same_objects(node)
+    if isinstance(node, _NAMING):
+        frame.statements.append(node)
     for child in ast.iter_child_nodes(node):
         _scan_node(child, frame)
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+        named = {target.id: frame.nested[id(node.value)] for target in node.targets if isinstance(target, ast.Name)}
+        frame.functions.update(named)
 
 
-def _changed(target: ast.expr) -> set[str]:
-    """The name whose object an assignment to ``target`` changes."""
-    while isinstance(target, (ast.Subscript, ast.Attribute)):
-        target = target.value
-    return {target.id} if isinstance(target, ast.Name) else set()
+def _scan_function(node: FunctionNode, frame: Frame) -> None:
+    """Note a function within the function: its defaults and decorators belong to the scope around it."""
+    around = [*node.args.defaults, *filter(None, node.args.kw_defaults), *getattr(node, "decorator_list", [])]
+    for expression in around:
+        _scan_node(expression, frame)
+    inner = frame.nested[id(node)] = scan(node, frame)
+    if not isinstance(node, ast.Lambda):
+        frame.bind(node.name)
+        frame.functions[node.name] = inner
+        frame.inline_only |= _given_away(node)
+
+
+def _given_away(node: ast.AST) -> set[str]:
+    """Names that something within ``node`` declares ``nonlocal``."""
+    return {name for inner in ast.walk(node) if isinstance(inner, ast.Nonlocal) for name in inner.names}
 
 
 def _identified(node: ast.Compare) -> set[str]:
@@ -190,23 +169,3 @@ def _identified(node: ast.Compare) -> set[str]:
     sides = [node.left, *node.comparators]
     names = {side.id for side in sides if isinstance(side, ast.Name)}
     return names if not any(isinstance(side, ast.Constant) for side in sides) else set()
-
-
-def _changed_by_call(node: ast.Call) -> set[str]:
-    """Names whose tensor a call changes: ``x.add_(...)``, ``out=x``, ``relu(x, inplace=True)``."""
-    changed: set[str] = set()
-    callee = node.func
-    if isinstance(callee, ast.Attribute) and callee.attr.endswith("_") and not callee.attr.endswith("__"):
-        changed |= _changed(callee.value)
-    for keyword in node.keywords:
-        if keyword.arg == "out":
-            changed |= _changed(keyword.value)
-        elif keyword.arg == "inplace" and node.args:
-            changed |= _changed(node.args[0])
-    return changed
-
-
-def works_in_place(node: ast.Call) -> bool:
-    """``relu(x, inplace=True)``: the result is the first argument itself."""
-    flags = [keyword.value for keyword in node.keywords if keyword.arg == "inplace"]
-    return bool(flags and node.args) and not (isinstance(flags[0], ast.Constant) and not flags[0].value)

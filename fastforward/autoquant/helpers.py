@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fastforward.autoquant.marks import UNKNOWN, Marks, Resolver, mark
+from fastforward.autoquant.callees import UNKNOWN
+from fastforward.autoquant.marks import Marks, Resolver, mark
 from fastforward.autoquant.optable import OperatorTable
 from fastforward.autoquant.patterns import apply_rules
 from fastforward.autoquant.recompile import Engine, _clone_in_place, resolver

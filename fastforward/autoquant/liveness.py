@@ -5,7 +5,7 @@ doubt (exceptions, suppressed or not) a definition counts as arriving.
 """
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ class Liveness:
         reads: ``id`` of the Name nodes whose definitions are wanted.
     """
 
-    reads: set[int]
+    reads: Collection[int]
 
     def reached(self, body: list[Any], arguments: ast.arguments, names: Iterable[str]) -> Reached:
         """The pairs (``id`` of the defining node, name) that may arrive at a read."""
@@ -48,13 +48,16 @@ class Liveness:
         """Reads, and walrus definitions, of an expression or simple statement."""
         if node is None or isinstance(node, _SCOPES):
             return live
-        reads = []
+        reads, walruses = [], []
         for inner in ast.walk(node):
             if isinstance(inner, ast.NamedExpr):
-                live = self.define(inner.target.id, inner, live, kill=False)
+                walruses.append(inner)
             elif id(inner) in self.reads:
                 reads.append(inner.id)  # type: ignore[attr-defined]
-        return live.union(reads) if reads else live
+        live = live.union(reads) if reads else live
+        for walrus in walruses:  # what it binds may be read in the same expression, as its own value is
+            live = self.define(walrus.target.id, walrus, live, kill=False)
+        return live
 
     def define(self, name: str, node: ast.AST, live: Live, kill: bool = True) -> Live:
         """Account for a definition of ``name`` by ``node``."""

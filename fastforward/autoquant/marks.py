@@ -12,10 +12,12 @@ The rule, for every operator of the table: each operand must be governed by a qu
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastforward.autoquant import sites as roles
-from fastforward.autoquant.frames import Definition, Frame, Use, parameter_called, parameters, scan, works_in_place
+from fastforward.autoquant.aliases import Aliases
+from fastforward.autoquant.callees import UNKNOWN, Callees, Effects, is_idle, is_in_place, works_in_place
+from fastforward.autoquant.frames import Definition, Frame, Use, parameter_called, parameters, scan
 from fastforward.autoquant.liveness import Liveness
 from fastforward.autoquant.local_imports import MISSING, LocalImport, followed, imported
 from fastforward.autoquant.optable import Operator, OperatorTable
@@ -23,7 +25,6 @@ from fastforward.autoquant.schema import Parameter
 from fastforward.autoquant.sites import Site, name_sites
 from fastforward.autoquant.source import FunctionNode
 
-UNKNOWN: Final = object()
 Resolver = Callable[[ast.expr], Any]
 CallKind = Literal["operator", "call", "locals"]
 
@@ -91,6 +92,8 @@ class Context:
         treat_call: Object that is called -> ``"call"`` (follow it at run time) or ``"leave"`` (keep the call as it is).
         may_be_tensor: Expression -> whether it can be a floating tensor.
         pragmas: Line -> text after ``# ff:``.
+        effects: Live function, and whether only changes count -> what it does with its arguments; ``None`` if unknown.
+        method: The same for a method, by its name and whether ``super()`` has it.
     """
 
     table: OperatorTable
@@ -98,6 +101,12 @@ class Context:
     treat_call: Callable[[Any], Literal["call", "leave"]]
     may_be_tensor: Callable[[ast.expr], bool] = lambda expression: not isinstance(expression, ast.Constant)
     pragmas: dict[int, str] = field(default_factory=dict)
+    effects: Callable[[Any, bool], Effects | None] = lambda _, __: None
+    method: Callable[[str, bool, bool], Effects | None] = lambda _, __, ___: None
+
+    def callees(self) -> Callees:
+        """What is known of the functions that are called."""
+        return Callees(self.table, self.resolve, self.effects, self.method)
 
 
 def mark(node: FunctionNode, context: Context) -> Marks:
@@ -122,26 +131,35 @@ class _Marker:
         self.context = context
         self.marks = Marks()
         self.frames: list[Frame] = []
-        self.done: list[Frame] = []
+        self.aliases: list[Aliases] = []
+        self.done: list[tuple[Frame, Aliases]] = []
         self.placed: list[Site] = []
         self.shared: dict[tuple[Any, ...], Site] = {}
 
     # -------------------------------------------------------------- scopes and definitions
     def function(self, node: FunctionNode) -> None:
         """Mark ``node``'s body in a frame of its own."""
-        frame = Frame(node)
-        arguments = node.args
-        for argument in parameters(arguments):
-            frame.locals.add(argument.arg)
-            frame.definitions.setdefault(argument.arg, []).append(Definition(arguments, None))
-        body = node.body if isinstance(node.body, list) else [node.body]
-        scan(body, frame)
-        if isinstance(node, ast.Lambda):
-            frame.inline_only |= frame.locals
+        aliases = self._aliases(node)
+        frame = aliases.frame
+        for argument in parameters(node.args):
+            frame.definitions.setdefault(argument.arg, []).append(Definition(node.args, None))
         self.frames.append(frame)
-        for child in body:
+        self.aliases.append(aliases)
+        for child in frame.body:
             self.visit(child)
-        self.done.append(self.frames.pop())
+        self.done.append((self.frames.pop(), self.aliases.pop()))
+
+    def _aliases(self, node: FunctionNode) -> Aliases:
+        if not self.aliases:
+            aliases = Aliases(scan(node), self.context.callees(), self.context.may_be_tensor)
+            aliases.settle()
+            return aliases
+        inner = self.aliases[-1].inner.get(id(node))
+        if inner is None:  # a method of a class within the function
+            inner = Aliases(scan(node), self.context.callees(), self.context.may_be_tensor)
+            inner.settle()
+        inner.learn(self.aliases[-1])
+        return inner
 
     def define(self, target: ast.expr, statement: ast.AST, value: ast.expr | None) -> None:
         """Record the names that ``target`` binds."""
@@ -363,7 +381,7 @@ class _Marker:
     def operands(self, node: ast.Call, operator: Operator, method: bool) -> None:
         """Mark every quantized operand of a call."""
         positional = [node.func.value] if method and isinstance(node.func, ast.Attribute) else []
-        changed = node.args[0] if works_in_place(node) else None  # a copy would be changed instead
+        changed = node.args[0] if self._is_changed(node, operator) else None  # a copy would be changed instead
         numbered = enumerate([*positional, *node.args])
         pairs = [(expression, p) for n, expression in numbered if (p := operator.parameter_at(n)) is not None]
         by_name = {parameter.name: parameter for parameter in operator.parameters}
@@ -398,9 +416,9 @@ class _Marker:
         if id(expression) in self.marks.outputs:
             return self.marks.outputs[id(expression)] is not None
         if isinstance(expression, ast.NamedExpr):
-            return self._name_governed(expression.target, use)
+            return self._name_governed(expression.target, use, expression)
         if isinstance(expression, ast.Name):
-            return self._name_governed(expression, use)
+            return self._name_governed(expression, use, expression)
         if isinstance(expression, ast.Call):
             called = self.marks.calls.get(id(expression))
             if called is not None and called.operator is not None:
@@ -412,12 +430,12 @@ class _Marker:
             return isinstance(moved, (ast.Name, ast.Call, ast.BinOp)) and self.governed(moved, use)
         return False
 
-    def _name_governed(self, name: ast.Name, use: Use) -> bool:
+    def _name_governed(self, name: ast.Name, use: Use, operand: ast.expr) -> bool:
         frame = self.frames[-1]
         if name.id not in frame.locals or name.id in frame.inline_only:
             return False
         frame.operands.setdefault(name.id, use)
-        frame.reads.add(id(name))
+        frame.reads[id(name)] = operand
         self.marks.keep.append(name)
         return True
 
@@ -448,7 +466,7 @@ class _Marker:
     def output(self, node: ast.expr, operator: Operator) -> Site | None:
         """Give the result of an operator its quantizer."""
         site = None
-        if isinstance(node, ast.Call) and works_in_place(node):
+        if isinstance(node, ast.Call) and self._is_changed(node, operator):
             self.marks.outputs[id(node)] = None
             self.marks.keep.append(node)
             return None
@@ -457,6 +475,14 @@ class _Marker:
         self.marks.outputs[id(node)] = site
         self.marks.keep.append(node)
         return site
+
+    def _is_changed(self, node: ast.Call, operator: Operator) -> bool:
+        """Whether the result is, or may be, the first argument itself, and that tensor is changed in place."""
+        if works_in_place(node) or is_in_place(node):
+            return bool(node.args)
+        if not is_idle(operator) or not node.args:
+            return False
+        return self.aliases[-1].is_changed(node.args[0])
 
     def site(self, base: str, role: str, use: Use, node: Any) -> Site:
         """A new site at ``node``."""
@@ -468,8 +494,8 @@ class _Marker:
     # -------------------------------------------------------------- placing what names need
     def finish(self) -> Marks:
         """Place the quantizers of local names at their definitions, then name everything in source order."""
-        for frame in self.done:
-            self.frames = [frame]
+        for frame, aliases in self.done:
+            self.frames, self.aliases = [frame], [aliases]
             self._place_all(frame)
         self.marks.sites = sorted(self.placed, key=lambda site: (site.line, site.column))
         name_sites(self.marks.sites)
@@ -477,12 +503,11 @@ class _Marker:
 
     def _place_all(self, frame: Frame) -> None:
         """Place quantizers at the definitions that arrive at an operand; moved data may lead on to other names."""
-        body = frame.node.body if isinstance(frame.node.body, list) else [frame.node.body]
         placed: set[tuple[int, str]] = set()
         known = -1
         while frame.operands and known != len(frame.reads):
             known = len(frame.reads)
-            reached = Liveness(frame.reads).reached(body, frame.node.args, list(frame.operands))
+            reached = Liveness(frame.reads).reached(frame.body, frame.node.args, list(frame.operands))
             for name in list(frame.operands):
                 for definition in frame.definitions.get(name, ()):
                     key = id(definition.node), name
@@ -493,6 +518,9 @@ class _Marker:
     def _place(self, name: str, definition: Definition, frame: Frame) -> None:
         use = frame.operands[name]
         node, value = definition
+        if self.aliases[-1].keeps(name, definition):
+            self._quantize_where_read(name, definition, frame)
+            return
         if value is not None:
             if not self.governed(value, use) and id(value) not in self.marks.inline:
                 self.marks.inline[id(value)] = self.site(name, _role(value, use), use, value)
@@ -505,9 +533,23 @@ class _Marker:
         self.marks.rebind.setdefault(id(node), []).append((name, site))
         self.marks.keep.append(node)
 
+    def _quantize_where_read(self, name: str, definition: Definition, frame: Frame) -> None:
+        """Quantize the operands that ``definition`` arrives at, as it cannot be quantized itself."""
+        for key, operand in frame.reads.items():
+            if _name_of(operand) != name:
+                continue
+            if (id(definition.node), name) in Liveness([key]).reached(frame.body, frame.node.args, [name]):
+                self.quantize_inline(operand, frame.operands[name])
+
 
 def _hashable(value: Any) -> bool:
     return type(value).__hash__ is not None
+
+
+def _name_of(operand: ast.expr) -> str:
+    """The name that a read of ``frame.reads`` is of."""
+    name = operand.target if isinstance(operand, ast.NamedExpr) else operand
+    return name.id if isinstance(name, ast.Name) else ""
 
 
 def _base_name(expression: ast.expr) -> str:

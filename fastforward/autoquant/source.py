@@ -89,6 +89,17 @@ def _locate(code: types.CodeType, file: SourceFile) -> Located:
     raise SourceMismatchError(msg)
 
 
+def likely(function: types.FunctionType) -> Candidate | None:
+    """The node of ``function`` by name and line alone, unverified; ``None`` if there is none or more than one."""
+    code = function.__code__
+    try:
+        file = _files.get(code.co_filename) or source_file(code.co_filename, function.__globals__)
+    except SourceMismatchError:
+        return None
+    candidates = file.index.get((code.co_firstlineno, code.co_name), [])
+    return candidates[0] if len(candidates) == 1 else None
+
+
 def source_file(filename: str, module_globals: dict[str, Any] | None = None) -> SourceFile:
     """The parsed file called ``filename``, from the cache while its text is unchanged.
 

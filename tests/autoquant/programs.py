@@ -60,6 +60,7 @@ class Observed:
         lines: The program's own lines in the traceback, outermost first.
         log: What it noted, in order.
         gradients: Of inputs and parameters.
+        arguments: What became of what it was given.
         buffers: Buffers and parameters afterwards.
         random_state: Of torch's and Python's generators.
     """
@@ -69,6 +70,7 @@ class Observed:
     lines: list[tuple[str, int]] = field(default_factory=list)
     log: list[Any] = field(default_factory=list)
     gradients: dict[str, Any] = field(default_factory=dict)
+    arguments: Any = None
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     random_state: Any = None
 
@@ -77,6 +79,9 @@ class Observed:
         found = differences(self.outputs, other.outputs, "output")
         if _plain(self.outputs) != _plain(other.outputs):
             found.append(f"returned {_plain(self.outputs)} and {_plain(other.outputs)}")
+        found += differences(self.arguments, other.arguments, "argument")
+        if _plain(self.arguments) != _plain(other.arguments):
+            found.append(f"left arguments {_plain(self.arguments)} and {_plain(other.arguments)}")
         if self.error != other.error:
             found.append(f"raised {self.error} and {other.error}")
         if self.lines != other.lines:
@@ -109,6 +114,7 @@ def observe(module: types.ModuleType, model: torch.nn.Module, arguments: tuple[A
     seen.log = list(LOG)
     inputs = {f"input {number}": tensor.grad for number, (_, tensor) in enumerate(tensors(arguments))}
     seen.gradients = {**inputs, **{name: parameter.grad for name, parameter in model.named_parameters()}}
+    seen.arguments = arguments
     seen.buffers = {name: value.clone() for name, value in model.state_dict().items()}
     seen.random_state = torch.get_rng_state().tolist(), random.getstate()
     return seen

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from fastforward.autoquant import frames, marks, rewrite
+from fastforward.autoquant.aliases import Aliases
+from fastforward.autoquant.callees import Callees
 from fastforward.autoquant.recompile import Engine
 from fastforward.autoquant.scope import Scope
 from fastforward.exceptions import QuantizationWarning
@@ -21,8 +23,8 @@ Patch = pytest.MonkeyPatch
 Rewriter = rewrite._Rewriter
 
 
-def _forget(rule: str) -> Callable[[Patch], None]:
-    return lambda patch: patch.setattr(frames, rule, lambda *_: set())
+def _forget(owner: Any, rule: str) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(owner, rule, lambda *_: set())
 
 
 def _bind_changed(
@@ -167,9 +169,13 @@ def _nothing_hidden(patch: Patch) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Patch], None], str, Any]] = {
-    "augmented assignment is no mutation": (_forget("_changed"), "helpers that change their argument", copying),
-    "calls are no mutation": (_forget("_changed_by_call"), "helpers that change their argument", copying),
-    "identity is not looked at": (_forget("_identified"), "identity", copying),
+    "augmented assignment is no mutation": (
+        _forget(Aliases, "_at_AugAssign"),
+        "helpers that change their argument",
+        copying,
+    ),
+    "calls are no mutation": (_forget(Callees, "changed"), "helpers that change their argument", copying),
+    "identity is not looked at": (_forget(frames, "_identified"), "identity", copying),
     "a copy is changed in place": (
         lambda patch: patch.setattr(marks, "works_in_place", lambda node: False),
         "helpers that change their argument",

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastforward.autoquant.callees import UNKNOWN
 from fastforward.autoquant.inference import Inference
-from fastforward.autoquant.marks import UNKNOWN, Context, mark
+from fastforward.autoquant.marks import Context, mark
 from fastforward.autoquant.optable import default_table
 from fastforward.autoquant.recompile import Engine, resolver
 from fastforward.autoquant.rewrite import rewrite
