@@ -17,7 +17,7 @@ import sysconfig
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,11 +25,9 @@ import torch
 import torch.utils._pytree
 import torch.utils.checkpoint
 
-from fastforward.autoquant.aliases import Aliases
-from fastforward.autoquant.callees import UNKNOWN, Callees, Effects
-from fastforward.autoquant.changing import may_change
+from fastforward.autoquant.callees import UNKNOWN
 from fastforward.autoquant.class_attributes import attributes_around
-from fastforward.autoquant.frames import scan
+from fastforward.autoquant.effects import EffectsOf
 from fastforward.autoquant.inference import Inference
 from fastforward.autoquant.marks import Context, Marks, Resolver, mark
 from fastforward.autoquant.optable import Operator, OperatorTable, default_table
@@ -42,7 +40,6 @@ from fastforward.autoquant.source import (
     clone,
     compile_like,
     describe,
-    likely,
     locate,
     nested_codes,
     qualname,
@@ -147,7 +144,6 @@ class Engine:
         self._units: dict[int, tuple[types.CodeType, Unit | None]] = {}
         self._nested: dict[int, types.CodeType] = {}
         self._kinds: dict[int, tuple[types.CodeType, FunctionKind]] = {}
-        self._effects: dict[int, tuple[types.CodeType, Effects | None]] = {}
         self._autograd: dict[type, Operator] = {}
         self._version = self.table.version
 
@@ -170,44 +166,14 @@ class Engine:
             }
         )
 
-    def effects(self, function: Any, only_changes: bool = False) -> Effects | None:
-        """What ``function`` does with its arguments; ``None`` if it is no helper, has no source, or changes nothing."""
-        function = inspect.unwrap(function) if callable(function) else None
-        if not isinstance(function, types.FunctionType) or not self._is_helper(function):
-            return None
-        code = function.__code__
-        if id(code) not in self._effects:
-            if only_changes and not may_change(function, self._is_helper):
-                return None
-            self._effects[id(code)] = code, None  # where it calls itself
-            self._effects[id(code)] = code, self._effects_of(function)
-        return self._effects[id(code)][1]
-
-    def _is_helper(self, function: types.FunctionType) -> bool:
-        return self.kind(function) == "helper"
-
-    def _effects_of(self, function: types.FunctionType) -> Effects | None:
-        found = likely(function)
-        if found is None:
-            return None
-        resolve = _for_every_closure(function, resolver(function))
-        return Aliases(
-            scan(found.node), Callees(self.table, resolve, self.effects, self._methods(found.chain, resolve))
-        ).effects
-
-    def _methods(self, chain: Sequence[ast.AST], resolve: Resolver) -> Callable[[str, bool, bool], Effects | None]:
-        """What the methods do of the class in whose body a function stands."""
-        cls = _class_around(chain, resolve)
-
-        def effects(name: str, above: bool, only_changes: bool) -> Effects | None:
-            for owner in cls.__mro__[above:] if cls is not None else ():
-                if name in vars(owner):
-                    raw = vars(owner)[name]
-                    found = self.effects(getattr(raw, "__func__", raw), only_changes)
-                    return None if found is None else found._replace(given=not isinstance(raw, staticmethod))
-            return None
-
-        return effects
+    @functools.cached_property
+    def effects(self) -> EffectsOf:
+        """What functions do with their arguments."""
+        return EffectsOf(
+            self.table,
+            lambda function: self.kind(function) == "helper",
+            lambda function: _for_every_closure(function, resolver(function)),
+        )
 
     def options(self) -> "Engine | None":
         """What to store with a pickled companion: ``None`` for the default engine."""
@@ -350,7 +316,7 @@ class Engine:
             inference.may_be_tensor,
             _pragmas(located.file.text),
             self.effects,
-            self._methods(located.chain, resolve),
+            self.effects.methods(located.chain, resolve),
         )
 
     def _remember(self, original: types.CodeType, unit: Unit) -> None:
@@ -377,18 +343,6 @@ class Engine:
         copy.__qualname__, copy.__doc__, copy.__module__ = function.__qualname__, function.__doc__, function.__module__
         copy.__annotations__ = function.__annotations__
         return copy
-
-
-def _class_around(chain: Sequence[ast.AST], resolve: Resolver) -> type | None:
-    """The live class in whose body a function stands, if it is one of its module."""
-    expression: ast.expr | None = None
-    for owner in chain:
-        if not isinstance(owner, ast.ClassDef):
-            return None
-        load = ast.Load()
-        expression = ast.Name(owner.name, load) if expression is None else ast.Attribute(expression, owner.name, load)
-    found = UNKNOWN if expression is None else resolve(expression)
-    return found if isinstance(found, type) else None
 
 
 def _holds(cell: types.CellType, value: Any) -> bool:

@@ -47,6 +47,9 @@ CALLS = {
     "a method of the class": "self.method(x, y)",
     "a method of the class above": "super().above(y)",
     "a static method": "self.static(y)",
+    "a layer in place": "self.act(y)",
+    "a layer in place by position": "self.elu(y)",
+    "a layer of the user": "self.block(y)",
     "a function within": "def change(t):\n    t += 1\nchange(y)",
     "a variable of a function within": "def change():\n    y.add_(1)\nchange()",
     "another name of it within": "def change():\n    a = y\n    a += 1\nchange()",
@@ -90,7 +93,19 @@ def entered(t):
     torch.relu(t)
     yield t
 
+class Block(nn.Module):
+    def forward(self, t):
+        u = torch.tanh(t)
+        t.mul_(2)
+        return u
+
 class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+        self.elu = nn.ELU(1.0, True)
+        self.block = Block()
+
     def above(self, t):
         return twice(t)
 
