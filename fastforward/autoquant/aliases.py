@@ -100,11 +100,12 @@ class Aliases:
     def keeps(self, name: str, definition: Definition) -> bool:
         """Whether ``definition`` must leave ``name`` the object that it is, since others have it or get it."""
         place = id(definition.node), name
-        if place in self._handed_back:
+        is_argument = isinstance(definition.node, ast.arguments)
+        if place in self._handed_back or (is_argument and self.effects.changed):  # one argument may be another too
             return True
         if name not in self._refilled and id(definition.node) not in self._detached:
             return False
-        return isinstance(definition.node, ast.arguments) or bool(self._reads(self._bound.get(place, [])))
+        return is_argument or bool(self._reads(self._bound.get(place, [])))
 
     def held(self, value: ast.expr | None) -> Iterator[Read]:
         """Reads, in ``value``, of what it may be, contain, or be a view of."""

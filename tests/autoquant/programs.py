@@ -75,7 +75,7 @@ class Observed:
     random_state: Any = None
 
     def differences(self, other: "Observed", exact: bool = True) -> list[str]:
-        """In what ``other`` differs; unless ``exact``, gradients may be summed in another order."""
+        """In what ``other`` differs; unless ``exact``, gradients may be summed in another order, and be half summed."""
         found = differences(self.outputs, other.outputs, "output")
         if _plain(self.outputs) != _plain(other.outputs):
             found.append(f"returned {_plain(self.outputs)} and {_plain(other.outputs)}")
@@ -87,7 +87,7 @@ class Observed:
         if self.lines != other.lines:
             found.append(f"traceback {self.lines} and {other.lines}")
         found += _log_differences(self.log, other.log)
-        if exact or not _close(self.gradients, other.gradients):
+        if exact or not (self.error or _close(self.gradients, other.gradients)):
             found += differences(self.gradients, other.gradients, "gradient")
         found += differences(self.buffers, other.buffers, "state")
         if self.random_state != other.random_state:

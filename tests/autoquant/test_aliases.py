@@ -38,6 +38,7 @@ CALLS = {
     "a helper": "twice(y)",
     "a helper by keyword": "twice(t=y)",
     "a helper that spreads its arguments": "spread(x, y)",
+    "a helper that is given the tensor twice": "first(y, y)",
     "a helper of a helper": "outer(x, y)",
     "a decorated helper": "decorated(y)",
     "what a helper hands back": "a = same(y, 0); a += 1",
@@ -70,6 +71,10 @@ def twice(t):
 
 def spread(*ts):
     twice(ts[1])
+
+def first(t, u):
+    t.mul_(2)
+    t.add_(torch.tanh(u))
 
 def outer(t, u):
     return twice(u) + t
