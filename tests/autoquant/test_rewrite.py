@@ -150,8 +150,7 @@ CASES = {
         """
         def f(x, y, *, _ff):
             _ff = _ff.enter(x)
-            y = _ff.q(0, y)
-            x = _ff.iadd(-1, x, y)
+            x = _ff.iadd(-1, x, _ff.q(0, y))
             x[0] = 1
             return _ff.op(1, torch.exp, _ff.q(2, x))
         """,
