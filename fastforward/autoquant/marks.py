@@ -518,7 +518,8 @@ class _Marker:
     def _place(self, name: str, definition: Definition, frame: Frame) -> None:
         use = frame.operands[name]
         node, value = definition
-        if self.aliases[-1].keeps(name, definition):
+        is_result = id(value) in self.marks.outputs  # of an operator: nobody else has it
+        if not is_result and self.aliases[-1].keeps(name, definition):
             self._quantize_where_read(name, definition, frame)
             return
         if value is not None:
