@@ -11,6 +11,8 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 
 class Kind(enum.IntEnum):
     """A value's kind. Only ``MAYBE`` can be a floating tensor.
@@ -139,8 +141,8 @@ def _of_class(cls: type) -> Kind:
         return Kind.PLAIN
     # Whatever takes part in arithmetic may be, or give, a tensor.
     arithmetic = any(hasattr(cls, name) for name in ("__torch_function__", "__mul__", "__sub__", "__truediv__"))
-    is_container = issubclass(cls, (list, tuple, dict, set))
-    return Kind.MAYBE if cls is object or (arithmetic and not is_container) else Kind.OBJECT
+    holds_values = issubclass(cls, (list, tuple, dict, set, torch.nn.Module))  # some have arithmetic: `Sequential`
+    return Kind.MAYBE if cls is object or (arithmetic and not holds_values) else Kind.OBJECT
 
 
 def of_value(value: Any, depth: int = 3) -> Kind:

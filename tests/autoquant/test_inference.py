@@ -171,6 +171,11 @@ def test_attributes_come_from_the_class() -> None:
     assert probe(body, known) == [False, True, True, False]
 
 
+@pytest.mark.parametrize("layer", ["Sequential", "ModuleList", "Linear", "Module"])
+def test_a_layer_is_no_tensor_whatever_arithmetic_it_has(layer: str) -> None:
+    assert probe(f"def f(x):\n    head = torch.nn.{layer}()\n    probe(head); probe(head.norm(x))") == [False, True]
+
+
 def test_types_serve_as_self_types() -> None:
     assert probe("def f(self):\n    probe(self.n), probe(self.w)", {"n": int, "w": torch.nn.Parameter}) == [False, True]
 
