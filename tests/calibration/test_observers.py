@@ -82,6 +82,15 @@ def test_nan_and_infinity_are_refused_with_the_site(make, bad):
 
 
 @pytest.mark.parametrize("make", ALL, ids=IDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_they_are_refused_among_values_of_the_known_range_too(make, bad):
+    observer = bound(make())
+    observer(torch.tensor([-4.0, 4.0]))
+    with pytest.raises(CalibrationError, match=r"layer\.input_quantizer"):
+        observer(torch.tensor([1.0, bad, -1.0]))
+
+
+@pytest.mark.parametrize("make", ALL, ids=IDS)
 def test_values_beyond_float32_are_refused(make):
     with pytest.raises(CalibrationError, match="NaN or infinity"):
         make().bind(PerTensor(), GRID, "here")(torch.tensor([1.0, 1e300], dtype=torch.float64))
