@@ -9,7 +9,7 @@ from fastforward_kernels.int_mm import int_mm
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn
 from fastforward.integer.layer import become, output_from_json, output_to_json, require_shape, successor
-from fastforward.integer.weights import channel_sums, integer_weight, require_integer
+from fastforward.integer.weights import channel_sums, integer_weight, keeping_scales, require_integer
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
@@ -158,10 +158,8 @@ class IntegerDynamicLinear(torch.nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerDynamicLinear":
         """Move with the model; scales stay float32."""
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != torch.float32:
-            self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        with keeping_scales(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._prepare()
         return self
 

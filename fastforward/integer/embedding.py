@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fastforward.integer.layer import become, output_from_json, output_to_json, require_shape, successor
-from fastforward.integer.weights import integer_weight
+from fastforward.integer.weights import integer_weight, keeping_scales
 from fastforward.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from fastforward.nn.quantizer import Quantizer
 
@@ -77,10 +77,10 @@ class IntegerTable(torch.nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerTable":
         """Move with the model; the result takes the model's dtype, scales stay float32."""
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
-        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=scale.device)).dtype
+        device = self.weight_scale.device
+        with keeping_scales(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=device)).dtype
         return self
 
     @property

@@ -7,6 +7,7 @@ import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer.layer import become, successor
+from fastforward.integer.weights import keeping_scales
 from fastforward.nn.float8_quantizer import DynamicFloat8Quantizer, Float8Quantizer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
@@ -92,12 +93,8 @@ class Float8Linear(torch.nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Float8Linear":
         """Move with the model; scales stay float32."""
-        scales = {name: self._buffers[name] for name in ("weight_scale", "input_scale")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, scale in scales.items():
-            moved = self._buffers[name]
-            if scale is not None and moved is not None and moved.dtype != torch.float32:
-                self._buffers[name] = scale.to(moved.device)
+        with keeping_scales(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def chain_link(self) -> tuple[str, str, str, str]:

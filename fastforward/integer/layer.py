@@ -10,6 +10,7 @@ from fastforward.exceptions import StateError
 from fastforward.integer.deferred import Deferred, Product
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, make_epilogue
 from fastforward.integer.grid import Grid
+from fastforward.integer.weights import keeping_scales
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
@@ -219,10 +220,8 @@ class IntegerLayer(torch.nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerLayer":
         """Move with the model; scales stay float32."""
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != torch.float32:
-            self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        with keeping_scales(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         bias = self.epilogue.bias
         self.prepare(None if bias is None else bias.to(self.weight_scale.device))
         return self

@@ -7,7 +7,7 @@ import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer.layer import become, successor
-from fastforward.integer.weights import per_group
+from fastforward.integer.weights import keeping_scales, per_group
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.operands import quantize_parameter
@@ -77,10 +77,8 @@ class PackedLinear(torch.nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
         """Move with the model; scales stay float32."""
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != torch.float32:
-            self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        with keeping_scales(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def chain_link(self) -> tuple[str, str, str, str]:

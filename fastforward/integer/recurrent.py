@@ -14,7 +14,7 @@ from fastforward.integer.choose import fastest
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import become, successor
 from fastforward.integer.linear import IntegerLinear
-from fastforward.integer.weights import integer_weight, require_integer
+from fastforward.integer.weights import integer_weight, keeping_scales, require_integer
 from fastforward.nn.operands import operand_stub, quantize_parameter
 from fastforward.nn.recurrent import QuantizedGRU, QuantizedLSTM, QuantizedRNN
 
@@ -126,10 +126,9 @@ class IntegerRecurrent:
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         """Move with the model; scales stay float32."""
-        scales = {name: buffer for name, buffer in self._buffers.items() if name.endswith("_scale")}
         float_wins = self.float_wins
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        self._buffers.update({name: scale.to(self._buffers[name].device) for name, scale in scales.items()})
+        with keeping_scales(self):
+            super()._apply(fn, recurse)  # type: ignore[misc]
         self.start(next(iter(self._products.values())).backend)
         self.float_wins = float_wins
         return self

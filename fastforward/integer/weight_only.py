@@ -16,7 +16,7 @@ from fastforward_kernels.int_mm import int_mm
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
 from fastforward.integer.layer import become, successor
-from fastforward.integer.weights import channel_sums, integer_weight, per_group, require_integer
+from fastforward.integer.weights import channel_sums, integer_weight, keeping_scales, per_group, require_integer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.operands import quantize_parameter
@@ -126,10 +126,9 @@ class WeightOnlyLinear(torch.nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightOnlyLinear":
         """Move with the model; scales keep their type."""
-        scale, self._packed = self.weight_scale, None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != scale.dtype:
-            self._buffers["weight_scale"] = scale.to(self.weight_scale.device)
+        self._packed = None
+        with keeping_scales(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def chain_link(self) -> tuple[str, str, str, str]:

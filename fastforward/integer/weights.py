@@ -1,5 +1,8 @@
 """The integer form of a quantized weight."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from fastforward.exceptions import CalibrationError, UnsupportedOperatorError
@@ -68,6 +71,17 @@ def channel_sums(weight: torch.Tensor) -> torch.Tensor:
     rows = weight.flatten(1)
     block = max(1, _SUMMED_AT_ONCE // max(rows.shape[1], 1))
     return torch.cat([part.sum(1, dtype=torch.float64) for part in rows.split(block)])
+
+
+@contextlib.contextmanager
+def keeping_scales(layer: torch.nn.Module) -> Iterator[None]:
+    """Let a conversion of ``layer`` move its buffers called ``..._scale``, but not change their data types."""
+    before = {name: scale for name, scale in layer._buffers.items() if name.endswith("_scale") and scale is not None}
+    yield
+    for name, scale in before.items():
+        moved = layer._buffers[name]
+        if moved is not None and moved.dtype != scale.dtype:
+            layer._buffers[name] = scale.to(moved.device)
 
 
 def per_group(parameter: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
