@@ -75,7 +75,17 @@ class WeightOnlyLinear(torch.nn.Linear):
         return {**self.__dict__, "_packed": None}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
+        """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``.
+
+        Raises:
+            UnsupportedOperatorError: ``input`` is not on a CPU.
+        """
+        if input.device.type != "cpu":
+            msg = (
+                f"a weight-only layer that was converted on a CPU cannot compute on {input.device}: "
+                "move the model there first, then quantize and convert it"
+            )
+            raise UnsupportedOperatorError(msg)
         y = self._int4(input) if self.group else self._int8(input)
         if self.bias is not None:
             y = y.add_(self.bias.detach())

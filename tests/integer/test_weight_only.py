@@ -8,6 +8,7 @@ from calibrated import close, outputs
 from fastforward_kernels import memory
 
 import fastforward as ff
+from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import WeightOnlyLinear, digits
 
 nn = torch.nn
@@ -52,6 +53,13 @@ def test_output_equals_simulation(name: str, rows: int) -> None:
         assert close(expected, actual)
     assert torch.allclose(model[0].weight, weight, atol=1e-3 if model[0].group else 1e-5)
     assert "weight only" in str(ff.integer.explain(model))
+
+
+@pytest.mark.parametrize("name", ["int8 per channel", "int4 in groups of 128"])
+def test_another_device_is_refused(name: str) -> None:
+    model = ff.convert(_simulated(*FORMATS[name]))
+    with pytest.raises(UnsupportedOperatorError, match="move the model there first"):
+        model.to("meta")(torch.empty(2, 256, device="meta"))
 
 
 @pytest.mark.parametrize("name", ["int8 per channel", "int4 in groups of 128"])
