@@ -97,7 +97,13 @@ def test_requantizing_is_quantizing_the_result(zero_point):
 
 @pytest.mark.parametrize("split", [1, 2, 5])
 def test_splitting_the_inner_axis_changes_nothing(split, monkeypatch):
-    monkeypatch.setattr(int8_matmul, "_splits", lambda *_: split)
+    whole = int8_matmul.blocks
+
+    def cut(*size):
+        (tiles, _, batch), constants = whole(*size)
+        return (tiles, split, batch), {**constants, "SPLIT_K": split}
+
+    monkeypatch.setattr(int8_matmul, "blocks", cut)
     packed = ffk.pack_linear_weight(integers((70, 500), seed=1), torch.rand(70), integers((70,), seed=2).int())
     arguments = (integers((3, 500), torch.uint8), torch.tensor(0.1), int32(9), *packed, None, None, "relu", *INT8)
     assert torch.equal(run(int8_matmul.int8_linear, *arguments), exact.int8_linear(*arguments))

@@ -289,16 +289,15 @@ def _run(
 def blocks(batch: int, m: int, n: int, k: int, device: torch.device) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Return the launch grid (tiles, parts of the inner axis, batch) and the constants of a product of that size."""
     options = launch.config("int8_matmul", launch.rows_bucket(m), device)
-    split = options.setdefault("SPLIT_K", _splits(batch, m, n, k, options, device))
     tiles = launch.ceil_div(m, options["BLOCK_M"]) * launch.ceil_div(n, options["BLOCK_N"])
-    return (tiles, split if batch == 1 else 1, batch), {**options, "SPLIT_K": split if batch == 1 else 1}
+    split = 1 if batch > 1 else options.get("SPLIT_K") or _splits(m, k, tiles, options, device)
+    return (tiles, split, batch), {**options, "SPLIT_K": split}
 
 
-def _splits(batch: int, m: int, n: int, k: int, options: dict[str, Any], device: torch.device) -> int:
+def _splits(m: int, k: int, tiles: int, options: dict[str, Any], device: torch.device) -> int:
     """Return into how many parts the inner axis is cut so that a small result still fills the GPU."""
-    if m > SPLIT_BELOW or batch > 1:
+    if m > SPLIT_BELOW:
         return 1
-    tiles = launch.ceil_div(m, options["BLOCK_M"]) * launch.ceil_div(n, options["BLOCK_N"])
     wanted = launch.compute_units(device) // max(tiles, 1)
     return max(1, min(wanted, launch.ceil_div(k, options["BLOCK_K"]), 16))
 
