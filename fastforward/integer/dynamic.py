@@ -9,7 +9,7 @@ from fastforward_kernels.int_mm import int_mm
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn
 from fastforward.integer.layer import become, output_from_json, output_to_json, require_shape, successor
-from fastforward.integer.weights import channel_sums, integer_weight, keeping_scales, require_integer
+from fastforward.integer.weights import channel_sums, integer_weight, keeping_scales, require_integer, tensors_of
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
@@ -174,8 +174,6 @@ class IntegerDynamicLinear(torch.nn.Linear):
 
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
-        named = {"bias": self.bias, **self._buffers}
-        tensors = {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
         quantizer = self.quantizer
         data = {
             "num_bits": quantizer.num_bits,
@@ -185,7 +183,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
             "granularity": type(quantizer.granularity).__name__,
             "output": output_to_json(self.output_quantizer),
         }
-        return tensors, data
+        return tensors_of(self), data
 
     @classmethod
     def from_quantization_state(

@@ -7,7 +7,7 @@ import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer.layer import become, successor
-from fastforward.integer.weights import keeping_scales
+from fastforward.integer.weights import keeping_scales, tensors_of
 from fastforward.nn.float8_quantizer import DynamicFloat8Quantizer, Float8Quantizer
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
@@ -105,9 +105,7 @@ class Float8Linear(torch.nn.Linear):
 
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
-        named = {"bias": self.bias, **self._buffers}
-        tensors = {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
-        return tensors, {"dtype": str(self.float8).removeprefix("torch."), "per": self.per}
+        return tensors_of(self), {"dtype": str(self.float8).removeprefix("torch."), "per": self.per}
 
     @classmethod
     def from_quantization_state(

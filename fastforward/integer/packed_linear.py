@@ -7,7 +7,7 @@ import torch
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer.layer import become, successor
-from fastforward.integer.weights import keeping_scales, per_group
+from fastforward.integer.weights import keeping_scales, per_group, tensors_of
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.operands import quantize_parameter
@@ -87,8 +87,7 @@ class PackedLinear(torch.nn.Linear):
 
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
-        named = {"bias": self.bias, **self._buffers}
-        return {name: tensor.detach() for name, tensor in named.items() if tensor is not None}, {"group": self.group}
+        return tensors_of(self), {"group": self.group}
 
     @classmethod
     def from_quantization_state(

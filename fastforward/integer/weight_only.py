@@ -16,7 +16,14 @@ from fastforward_kernels.int_mm import int_mm
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
 from fastforward.integer.layer import become, successor
-from fastforward.integer.weights import channel_sums, integer_weight, keeping_scales, per_group, require_integer
+from fastforward.integer.weights import (
+    channel_sums,
+    integer_weight,
+    keeping_scales,
+    per_group,
+    require_integer,
+    tensors_of,
+)
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.operands import quantize_parameter
@@ -147,10 +154,7 @@ class WeightOnlyLinear(torch.nn.Linear):
 
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
-        tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        if self.bias is not None:
-            tensors["bias"] = self.bias.detach()
-        return tensors, {"group": self.group}
+        return tensors_of(self), {"group": self.group}
 
     @classmethod
     def from_quantization_state(

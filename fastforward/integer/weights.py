@@ -73,6 +73,12 @@ def channel_sums(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.sum(1, dtype=torch.float64) for part in rows.split(block)])
 
 
+def tensors_of(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The bias and the buffers of an integer layer by name, as its state holds them."""
+    named = {"bias": layer.bias, **layer._buffers}
+    return {name: tensor.detach() for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+
+
 @contextlib.contextmanager
 def keeping_scales(layer: torch.nn.Module) -> Iterator[None]:
     """Let a conversion of ``layer`` move its buffers called ``..._scale``, but not change their data types."""
