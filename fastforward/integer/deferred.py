@@ -72,10 +72,13 @@ class Product:
         """Compute as codes on a grid whose channels are scaled first: no kernel does that before it rounds."""
         self.layer.used_as_codes(self.fused)
         rows = self.codes.reshape(-1, self.codes.shape[-1])
-        blocks = [
-            grid.codes_in_place(self.layer.compute(block, self.epilogue, self.activation)) for block in in_blocks(rows)
-        ]
-        codes = joined(blocks)
+        width = self.epilogue.scale.numel()
+        codes = joined(
+            [
+                grid.codes_in_place(self.layer.compute(block, self.epilogue, self.activation))
+                for block in in_blocks(rows, width)
+            ]
+        )
         return codes.view(*self.codes.shape[:-1], codes.shape[-1])
 
     def on_grid(self, grid: Grid) -> torch.Tensor:
@@ -179,13 +182,6 @@ class Deferred(torch.Tensor):
             return self._move(self._parent.codes(grid))
         assert self._product is not None
         return self._product.smoothed(grid) if grid.inverse_smoothing is not None else self._product.on_grid(grid)
-
-    def along(self, values: torch.Tensor) -> torch.Tensor:
-        """What the data movement between its source and this tensor makes of ``values`` in the source's place."""
-        if self._parent is None:
-            return values
-        values = self._parent.along(values)
-        return values if self._move is None else self._move(values)
 
     def source(self) -> "Deferred":
         """The result that this one's values come from through data movement: itself, if it has no parent."""

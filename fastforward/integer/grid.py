@@ -12,8 +12,11 @@ from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 
 LEVELS = 256
-_BLOCK = 1 << 21
-"""Values of an intermediate result in floats: allocators keep 8 MB for the next one and map larger memory anew."""
+_BLOCK = 1 << 17
+"""Values of an intermediate result in floats: 512 KB, so that it and what it is made from stay in a core's cache."""
+
+_LEAST_ROWS = 128
+"""Rows of a block at least: fewer would not be worth the call of a kernel."""
 
 
 class Placed(NamedTuple):
@@ -98,7 +101,7 @@ class Grid:
         assert factor is not None
         if x.numel() <= _BLOCK:
             return self._rounded(representable(x * factor, self.scale))
-        blocks = in_blocks(x.reshape(-1, x.shape[-1]))
+        blocks = in_blocks(x.reshape(-1, x.shape[-1]), x.shape[-1])
         return joined([self._rounded(representable(block * factor, self.scale)) for block in blocks]).view(x.shape)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,12 +181,10 @@ def grid_of(quantizer: Quantizer, smoothing: torch.Tensor | None = None) -> Grid
     return Grid(float(quantizer.scale.detach().item()), zero_point, quantizer.quant_max - lowest, inverse)
 
 
-def in_blocks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """``[rows, channels]`` as blocks of rows for which intermediate results stay small."""
-    if rows.numel() <= _BLOCK:
-        return (rows,)
-    blocks: tuple[torch.Tensor, ...] = rows.split(max(1, _BLOCK // rows.shape[-1]))
-    return blocks
+def in_blocks(rows: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
+    """``[rows, channels]`` as blocks of rows for which intermediate results of so many values a row stay small."""
+    together = max(_LEAST_ROWS, _BLOCK // width)
+    return (rows,) if rows.shape[0] <= together else rows.split(together)
 
 
 def joined(blocks: list[torch.Tensor]) -> torch.Tensor:

@@ -31,9 +31,6 @@ class Merged:
         )
         self.epilogue = Epilogue(scale, None, compensated, factor)
         self.sizes = [layer.out_features for layer in layers]
-        self.zero_points = torch.cat(
-            [torch.full((size,), float(grid.zero_point)) for size, grid in zip(self.sizes, grids, strict=True)]
-        )
 
     def fits(self, layers: Sequence[IntegerLinear], grids: Sequence[Grid]) -> bool:
         """Whether this is the product for ``layers``, as they are now, and ``grids``."""
@@ -49,25 +46,22 @@ class Merged:
         return onednn.linear_onednn(x, scale, self.packed, self.epilogue, NO_ACTIVATION, UNIT)
 
 
-def compute_together(operands: Sequence[Deferred]) -> tuple[Merged, torch.Tensor] | None:
+def compute_together(operands: Sequence[Deferred]) -> None:
     """Compute what ``operands``, deferred results on grids, come from in one product, if they can be.
 
-    Returns:
-        The product and the codes of all results side by side; ``None`` if nothing was computed. Each operand that asks
-        its own source for its codes afterwards finds them there.
+    Each operand that asks its own source for its codes afterwards finds them there.
     """
     sources = [x.source() for x in operands]
     products = [source.pending for source in sources]
     layers = _layers(products, operands)
     if layers is None:
-        return None
+        return
     codes = products[0].codes  # type: ignore[union-attr]
     merged = _merged(layers, [x._grid for x in operands])  # type: ignore[misc]
-    together = merged.codes(codes)
-    for source, layer, grid, part in zip(sources, layers, merged.grids, together.split(merged.sizes, -1), strict=True):
+    parts = merged.codes(codes).split_with_sizes(merged.sizes, -1)
+    for source, layer, grid, part in zip(sources, layers, merged.grids, parts, strict=True):
         layer.used_as_codes((*source._product.fused, "merged"))  # type: ignore[union-attr]
         source._codes = {id(grid): (grid, part)}
-    return merged, together
 
 
 def _layers(products: Sequence[Product | None], operands: Sequence[Deferred]) -> list[IntegerLinear] | None:

@@ -9,6 +9,7 @@ import torch
 
 import fastforward as ff
 from fastforward.integer import attention
+from fastforward.integer.grid import Grid
 from fastforward.integer.merged import Merged
 
 nn = torch.nn
@@ -43,7 +44,13 @@ def _sqnr(expected: torch.Tensor, y: torch.Tensor) -> float:
     return float(10 * torch.log10(expected.square().sum() / (expected - y).square().sum()))
 
 
-@pytest.mark.parametrize("by_blocks", [False, True])
+def _multiply(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let attention multiply in one of its ways, whatever the processor."""
+    monkeypatch.setattr(attention, "_LEAST_SCORES", 1 << 40 if how == "torch" else 0)
+    monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: how == "bfloat16")
+
+
+@pytest.mark.parametrize("how", ["torch", "blocks", "bfloat16"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,16 +62,17 @@ def _sqnr(expected: torch.Tensor, y: torch.Tensor) -> float:
     ],
     ids=["plain", "causal", "scale", "boolean mask", "additive mask"],
 )
-def test_every_form_equals_the_simulation(
-    options: dict[str, Any], by_blocks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_LEAST_SCORES", 0 if by_blocks else 1 << 40)
+def test_every_form_equals_the_simulation(options: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _multiply(how, monkeypatch)
     torch.manual_seed(0)
-    x = torch.randn(3, ROWS, WIDTH)
-    model, expected = _converted(Attention(**options), x)
+    x, model = torch.randn(3, ROWS, WIDTH), Attention(**options)
+    with torch.no_grad():
+        exact = model(x)
+    model, expected = _converted(model, x)
     with torch.no_grad():
         results = [model(x) + 0 for _ in range(3)]
-    assert all(_sqnr(expected, y) > 50 for y in results)
+    assert all(_sqnr(expected, y) > (40 if how == "bfloat16" else 50) for y in results)
+    assert all(_sqnr(exact, y) > _sqnr(exact, expected) - 0.5 for y in results)
     assert {name: layer.record.fused for name, layer in model.named_children() if name in "qkv"} == dict.fromkeys(
         "qkv", ("merged",)
     )
@@ -154,6 +162,20 @@ def test_blocks_give_what_torch_gives(name: str, block: int, monkeypatch: pytest
     assert y.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("name", MASKS)
+def test_bfloat16_rounds_probabilities_alone(name: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", together * 3 * 30 * 40)
+    torch.manual_seed(9)
+    q, k, v = (torch.randint(0, 256, (2, rows, 3, 8), dtype=torch.uint8).transpose(1, 2) for rows in (30, 40, 40))
+    grids = [Grid(0.02, 131), Grid(0.03, 90), Grid(0.5, 7)]
+    floats = [grid.values(x) for grid, x in zip(grids, (q, k, v), strict=True)]
+    expected = F.scaled_dot_product_attention(*floats, attn_mask=MASKS[name], scale=0.4)
+    y = attention._by_batches((q, k, v), grids, 0.4 * 0.02 * 0.03, MASKS[name], is_causal=False, enable_gqa=False)
+    assert (y - expected).abs().max() < 2**-7 * expected.abs().max()
+    assert y.stride() == expected.stride()
+
+
 @pytest.mark.parametrize(
     "scale, mask",
     [(60.0, None), (1.0, torch.full((30, 40), -200.0)), (1.0, torch.zeros(30, 40, dtype=torch.bool))],
@@ -166,7 +188,7 @@ def test_exponentials_out_of_range_are_noticed(scale: float, mask: torch.Tensor 
 
 
 def test_large_scores_are_left_to_torch_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_LEAST_SCORES", 0)
+    _multiply("blocks", monkeypatch)
     torch.manual_seed(6)
     x = torch.randn(3, ROWS, WIDTH)
     model, expected = _converted(Attention(scale=400.0), x)
@@ -178,8 +200,9 @@ def test_large_scores_are_left_to_torch_from_then_on(monkeypatch: pytest.MonkeyP
     assert len(tried) == 1
 
 
-def test_an_empty_batch_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_LEAST_SCORES", 0)
+@pytest.mark.parametrize("how", ["blocks", "bfloat16"])
+def test_an_empty_batch_after_another(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _multiply(how, monkeypatch)
     torch.manual_seed(8)
     model, _ = _converted(Attention(), torch.randn(3, ROWS, WIDTH))
     with torch.no_grad():
