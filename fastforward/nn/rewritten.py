@@ -209,6 +209,8 @@ def _rewritten_when_called(name: str, raw: types.FunctionType, engine: Engine) -
 
     @functools.wraps(raw)
     def first_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # no eager run has called it: none of its sites can have a quantizer
+            return raw(self, *args, **kwargs)
         owner = next(base for base in type(self).__mro__ if vars(base).get(name) is first_call)
         method = _rewritten(name, raw, engine, {})
         setattr(owner, name, method)

@@ -217,7 +217,8 @@ def _formula(
         out = out + (scale - step) * torch.where(inside, offset - v, offset)
     if zero_point.requires_grad:
         out = out + torch.where(inside, 0.0, zero_point.detach() - zero_point) * step
-    return out.reshape(x.shape).to(x.dtype)
+    # Reshaping to the same shape may still change the strides of axes of size one, and with them a memory format.
+    return (out if view is x else out.reshape(x.shape)).to(x.dtype)
 
 
 def _scaled_gradient(x: Tensor, factor: float) -> Tensor:

@@ -67,6 +67,13 @@ def test_its_operators_get_quantizers_on_the_first_call(net: Any) -> None:
     assert torch.equal(model.encode(x), net().encode(x))
 
 
+def test_compiled_before_it_was_ever_called(net: Any) -> None:
+    x = torch.randn(3, 4)
+    torch._dynamo.reset()
+    model = torch.compile(ff.quantize_model(net()), fullgraph=True, backend="eager")
+    assert torch.equal(model(x), net()(x))
+
+
 def test_it_looks_and_acts_as_before(net: Any) -> None:
     x = torch.randn(3, 4)
     model, plain = ff.quantize_model(net()), net()

@@ -109,6 +109,13 @@ def test_nan_survives_simulation():
     assert torch.isnan(out).tolist() == [False, True]
 
 
+def test_compiled_formula_keeps_the_memory_format():
+    x = torch.randn(1, 4, 4, 6).permute(0, 3, 1, 2)  # one batch: reshaping loses its stride
+    arguments = x, torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), -128, 127
+    compiled = torch.compile(affine.fake_quantize, fullgraph=True, backend="eager")
+    assert compiled(*arguments).stride() == affine.fake_quantize(*arguments).stride() == x.stride()
+
+
 @pytest.mark.parametrize(
     ("low", "high", "symmetric", "one_sided", "scale", "zero_point"),
     [
