@@ -27,6 +27,8 @@ STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FOLDS = 4
 MARGIN = 0.9
 """Smoothing has to lower the error below this share: it costs a multiplication, and a small gain is chance."""
+CLIPPED = 0.9
+"""Share of the range that is tried without smoothing: what a tighter range gains takes no multiplication."""
 SEARCH_ROWS = 384
 _SMALLEST = 1e-5
 
@@ -127,7 +129,7 @@ def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS)
     rows = group.rows.float()
     if rows.shape[0] < 2 * FOLDS:
         return 0.0
-    errors = dict.fromkeys(strengths, 0.0)
+    errors, clipped = dict.fromkeys(strengths, 0.0), 0.0
     bounds = torch.linspace(0, rows.shape[0], FOLDS + 1).long().tolist()
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         others = _extremes(torch.cat([rows[:start], rows[end:]]))
@@ -137,8 +139,14 @@ def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS)
         }
         for strength in strengths:
             errors[strength] += _held_out_error(group, strength, others, held_out, exact)
+        clipped += _held_out_error(group, 0.0, _clipped(*others), held_out, exact)
     best = min(errors, key=lambda strength: errors[strength])
-    return best if errors[best] < MARGIN * errors.get(0.0, math.inf) else 0.0
+    return best if errors[best] < MARGIN * min(errors.get(0.0, math.inf), clipped) else 0.0
+
+
+def _clipped(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The extremes of each channel, where those of all channels keep only a share of their range."""
+    return low.clamp_min(low.amin() * CLIPPED), high.clamp_max(high.amax() * CLIPPED)
 
 
 def _held_out_error(

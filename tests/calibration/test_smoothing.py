@@ -182,6 +182,18 @@ def test_no_smoothing_where_it_cannot_help() -> None:
     assert best_strength(SmoothingGroup({"": layer}, rows[:4] * torch.arange(1, 33))) == 0.0, "too few rows to tell"
 
 
+def test_no_smoothing_where_a_tighter_range_does_as_well() -> None:
+    from fastforward.calibration.smoothing import SmoothingGroup
+
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 64)
+    ff.quantize_model(layer)
+    schemes.get("w8a8").apply(layer)
+    rows = torch.randn(512, 512)  # no channel is larger than the others
+    assert best_strength(SmoothingGroup({"": layer}, rows)) == 0.0
+    assert best_strength(SmoothingGroup({"": layer}, rows * torch.linspace(1, 9, 512))) > 0.0
+
+
 def test_the_divisor_has_geometric_mean_one() -> None:
     scale = divisor(outlier_data(1)[0], 0.7)
     assert float(scale.log().mean()) == pytest.approx(0, abs=1e-6)
