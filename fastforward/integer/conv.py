@@ -108,6 +108,10 @@ class IntegerConv(MeasuredLayer):
             return None
         return self.product(self.codes(input), dtype)
 
+    def follow(self, before: Product) -> Product | None:
+        other = self.output_quantizer is not None or before.codes.dim() != self._dimensions or self._float_wins
+        return None if other or not self.defers else self.product(self.codes(before), before.dtype)
+
     def compute(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None
     ) -> torch.Tensor:

@@ -81,6 +81,16 @@ class Product:
         )
         return codes.view(*self.codes.shape[:-1], codes.shape[-1])
 
+    def codes_on(self, grid: Grid) -> torch.Tensor:
+        """Compute as codes on any grid, by way of floats where its layer's are known to be wanted."""
+        if self.floats_wanted():
+            return grid.codes(self.floats())
+        return self.on_grid(grid) if grid.inverse_smoothing is None else self.smoothed(grid)
+
+    def floats_wanted(self) -> bool:
+        """Whether earlier results of this layer were wanted as floats, so that rounding them saves a second product."""
+        return self.layer.float_first
+
     def on_grid(self, grid: Grid) -> torch.Tensor:
         """Compute as uint8 codes."""
         self.layer.used_as_codes(self.fused)
@@ -181,7 +191,7 @@ class Deferred(torch.Tensor):
         if self._parent is not None and self._move is not None:
             return self._move(self._parent.codes(grid))
         assert self._product is not None
-        return self._product.smoothed(grid) if grid.inverse_smoothing is not None else self._product.on_grid(grid)
+        return self._product.codes_on(grid)
 
     def source(self) -> "Deferred":
         """The result that this one's values come from through data movement: itself, if it has no parent."""
@@ -193,7 +203,7 @@ class Deferred(torch.Tensor):
     def floats_wanted(self) -> bool:
         """Whether floats exist, or were wanted by earlier calls, so that rounding them saves a second product."""
         source = self.source()
-        return source._value is not None or (source._product is not None and source._product.layer.float_first)
+        return source._value is not None or (source._product is not None and source._product.floats_wanted())
 
     def moved(
         self, move: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, strided: bool = False

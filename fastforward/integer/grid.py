@@ -8,6 +8,7 @@ import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer.finite import representable
+from fastforward.integer.rounding import Rounding
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 
@@ -51,8 +52,10 @@ class Grid:
     scores_fit: bool = True
     _last: tuple[Any, int, torch.Tensor] | None = None
     _placed: "Placed" = dataclasses.field(init=False)
+    _round: Rounding = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        self._round = Rounding(self.scale, self.zero_point)
         self._place(torch.device("cpu") if self.inverse_smoothing is None else self.inverse_smoothing.device)
 
     def on(self, device: torch.device) -> "Placed":
@@ -77,6 +80,7 @@ class Grid:
             return self.fresh_codes(x)
         if (kept := self._kept(x)) is not None:
             return kept
+        self._last = None
         codes = self.fresh_codes(x)
         self._last = (weakref.ref(x, self._forget), x._version, codes)
         return codes
@@ -105,7 +109,7 @@ class Grid:
         return joined([self._rounded(representable(block * factor, self.scale)) for block in blocks]).view(x.shape)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        codes = quantize_uint8(x, self.scale, self.zero_point)
+        codes = self._round(x)
         return codes if self.highest == LEVELS - 1 else codes.clamp_(max=self.highest)
 
     def traced_codes(self, x: torch.Tensor) -> torch.Tensor:
@@ -190,16 +194,6 @@ def in_blocks(rows: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
 def joined(blocks: list[torch.Tensor]) -> torch.Tensor:
     """The inverse of :func:`in_blocks`."""
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
-def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
-    """``clamp(round(x * (1 / scale)) + zero_point, 0, 255)`` as uint8, by torch's fused operator.
-
-    The operator yields a quantized tensor; taking over its storage costs nothing, ``int_repr`` would copy it.
-    """
-    quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
-    codes = torch.empty(0, dtype=torch.uint8, device=x.device)
-    return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
 
 
 def quantize_dequantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -136,12 +136,12 @@ class IntegerLayer(torch.nn.Module):
         """The shape that the weight must have."""
         raise NotImplementedError
 
-    def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """The input as uint8 codes on this layer's grid."""
-        if type(x) is Deferred:
+    def codes(self, x: torch.Tensor | Product) -> torch.Tensor:
+        """The input, or what the layer before makes, as uint8 codes on this layer's grid."""
+        if isinstance(x, Deferred | Product):
             floats = self.grid.inverse_smoothing is not None or x.floats_wanted()
             self.record.source = "float32" if floats else "uint8"
-            return x.codes(self.grid)
+            return x.codes(self.grid) if isinstance(x, Deferred) else x.codes_on(self.grid)
         self.record.source = "float32"
         return self.grid.codes(x)
 
@@ -184,6 +184,10 @@ class IntegerLayer(torch.nn.Module):
 
     def begin(self, input: torch.Tensor) -> Product | None:
         """The product for an input, if nothing but what follows it in the program is left to decide."""
+        return None
+
+    def follow(self, before: Product) -> Product | torch.Tensor | None:
+        """What this layer makes of a result that nobody else will see; ``None`` if it needs that as a tensor."""
         return None
 
     def product(self, codes: torch.Tensor, dtype: torch.dtype) -> Product:

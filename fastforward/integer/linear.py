@@ -32,6 +32,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     channels_first = False
     _packed: torch.Tensor | None
+    _columns: torch.Tensor | None
     _float_weight: torch.Tensor | None
     _operands: portable.Operands
     _kernels: dict[tuple[int, bool], str]
@@ -55,7 +56,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     def prepare(self, bias: torch.Tensor | None) -> None:
         super().prepare(bias)
-        self._packed = self._float_weight = None
+        self._packed = self._columns = self._float_weight = None
         self._operands = portable.operands(self.weight_int8, self.grid)
         self.__dict__.pop("_merged", None)
         device = self.weight_int8.device.type
@@ -94,9 +95,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
             return self.defer(product)
         if self._float_wins and self._kernels.get((input.numel() // self.in_features, False)) == "float":
             return self._in_floats(input)
-        y = self.compute(self.codes(input), self.epilogue)
-        y = y if y.dtype == input.dtype else y.to(input.dtype)
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+        return self._computed(self.codes(input), input.dtype)
 
     def begin(self, input: torch.Tensor) -> Product | None:
         if not self.defers:
@@ -105,7 +104,18 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
             return None
         return self.product(self.codes(input), input.dtype)
 
-    def codes(self, x: torch.Tensor) -> torch.Tensor:
+    def follow(self, before: Product) -> Product | torch.Tensor | None:
+        if self._float_wins:
+            return None
+        codes = self.codes(before)
+        return self.product(codes, before.dtype) if self.defers else self._computed(codes, before.dtype)
+
+    def _computed(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        y = self.compute(codes, self.epilogue)
+        y = y if y.dtype == dtype else y.to(dtype)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def codes(self, x: torch.Tensor | Product) -> torch.Tensor:
         codes = super().codes(x)
         return codes if codes.is_contiguous() else codes.contiguous()
 
@@ -123,7 +133,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
             return portable.linear(codes, self.weight_int8, self._operands, epilogue, activation, out)
         if kernel == "onednn":
             return onednn.linear_onednn(codes, self.grid.scale, self._pack(), epilogue, activation, out)
-        return onednn.linear_int_mm(codes, self.weight_int8, epilogue, activation, out)
+        return onednn.linear_int_mm(codes, self._transposed(), epilogue, activation, out)
 
     def kernel_for(self, rows: int, *, to_codes: bool) -> str:
         """The kernel for so many rows, if it is known without measuring; ``""`` otherwise."""
@@ -201,6 +211,11 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
             self._packed = torch.ops.onednn.qlinear_prepack.default(self.weight_int8, None)
         return self._packed
 
+    def _transposed(self) -> torch.Tensor:
+        if self._columns is None:
+            self._columns = self.weight_int8.t()
+        return self._columns
+
     def _traced(self, input: torch.Tensor) -> torch.Tensor:
         """The same computation in operators that compilers and exporters understand."""
         codes = self.grid.traced_codes(input).reshape(-1, self.in_features)
@@ -215,7 +230,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        state = {**self.__dict__, "_packed": None, "_float_weight": None}
+        state = {**self.__dict__, "_packed": None, "_columns": None, "_float_weight": None}
         state.pop("_merged", None)
         return state
 

@@ -88,17 +88,17 @@ def linear_onednn(
 
 
 def linear_int_mm(
-    codes: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
+    codes: torch.Tensor, columns: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
 ) -> torch.Tensor:
-    """Multiply ``[..., K]`` codes by a plain int8 weight ``[N, K]``; float32, or codes on ``out``."""
+    """Multiply ``[..., K]`` codes by a plain int8 weight, its ``[K, N]`` view; float32, or codes on ``out``."""
     rows = codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
-    y = torch.addcmul(epilogue.compensated, int_mm(rows, weight.t()), epilogue.factor)
+    y = torch.addcmul(epilogue.compensated, int_mm(rows, columns), epilogue.factor)
     if out is None:
         y = activation.apply(y)
     else:
         # Rounding to codes from real zero upwards does what relu would.
         y = out.codes_in_place(y if activation is RELU and out.zero_point == 0 else activation.apply(y))
-    return y if codes.dim() == 2 else y.view(*codes.shape[:-1], weight.shape[0])
+    return y if codes.dim() == 2 else y.view(*codes.shape[:-1], columns.shape[1])
 
 
 def limited(result: torch.Tensor, out: Grid | None) -> torch.Tensor:

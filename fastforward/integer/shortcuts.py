@@ -101,29 +101,25 @@ def _sequence(module: Any, input: Any) -> Any:
     """``torch.nn.Sequential.forward``."""
     if torch.compiler.is_compiling() or _all_are_observed() or not getattr(module, "_float_only", True):
         return type(module).forward(module, input)
-    product: Product | None = None
+    value: Any = input
     for child in module._modules.values():
-        forward = child.__dict__.get("forward")
-        unobserved = not _is_observed(child)
-        if product is not None:
-            following = _following(child, forward, product) if unobserved else NotImplemented
-            if following is not NotImplemented:
-                product = following
-                continue
-            input, product = product.layer.defer(product), None
-        if unobserved and forward is None and isinstance(child, IntegerLayer):
-            product = child.begin(input)
-            if product is not None:
-                continue
-        input = child(input)
-    return input if product is None else product.layer.defer(product)
+        result = NotImplemented if _is_observed(child) else _unseen(child, value)
+        value = child(_tensor(value)) if result is NotImplemented else result
+    return _tensor(value)
 
 
-def _following(module: Any, forward: Any, product: Product) -> Any:
-    """What ``module`` makes of the product before it, if it takes a shortcut."""
-    if getattr(forward, "func", None) is not _forward or not getattr(module, "_float_only", True):
-        return NotImplemented
-    return SHORTCUTS[forward.args[1]][1](module, product)
+def _unseen(module: Any, value: Any) -> Any:
+    """What ``module`` makes of a tensor or product: either of them; NotImplemented if it is to be called."""
+    forward = module.__dict__.get("forward")
+    if forward is None and isinstance(module, IntegerLayer):
+        result = module.follow(value) if isinstance(value, Product) else module.begin(value)
+        return NotImplemented if result is None else result
+    shortcut = getattr(forward, "func", None) is _forward and getattr(module, "_float_only", True)
+    return SHORTCUTS[forward.args[1]][1](module, value) if shortcut and isinstance(value, Product) else NotImplemented
+
+
+def _tensor(value: Any) -> Any:
+    return value.layer.defer(value) if isinstance(value, Product) else value
 
 
 def _all_are_observed() -> bool:

@@ -11,6 +11,7 @@ from calibrated import Net, activation_quantizer, close, outputs, simulated
 
 import fastforward as ff
 from fastforward.integer.deferred import Deferred
+from fastforward.integer.rounding import Rounding
 
 nn = torch.nn
 F = torch.nn.functional
@@ -278,10 +279,8 @@ def test_values_shared_by_layers_are_quantized_once(monkeypatch: pytest.MonkeyPa
     ff.convert(model)
     outputs(model, example, runs=3)
     calls = []
-    from fastforward.integer import grid as grid_module
-
-    real = grid_module.quantize_uint8
-    monkeypatch.setattr(grid_module, "quantize_uint8", lambda *args: (calls.append(1), real(*args))[1])
+    real = Rounding.__call__
+    monkeypatch.setattr(Rounding, "__call__", lambda *args: (calls.append(1), real(*args))[1])
     example = example.clone()
     assert close(expected, outputs(model, example))
     assert len(calls) == 1
