@@ -1,7 +1,8 @@
 """Residual additions: a convolution adds the result of another integer layer before it activates and stores.
 
 Where that result exists as codes only, because a layer before took it so, and the sum is to become codes too, codes are
-added: the addend is then rounded. The first calls measure what this costs; a layer that loses by it adds floats.
+added: the addend is then rounded. The first call measures how much noise this adds; where it exceeds what the rounded
+input of the layer brings anyway, or twice that of rounding the sum, floats are added: noise piles up from sum to sum.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from fastforward.integer.layer import IntegerLayer
 
 Coded = tuple[Grid, torch.Tensor]
-NOISE = 3.0
-"""Noise of a sum with a rounded addend, over that of rounding the exact sum. Equal steps give 2."""
+OF_INPUT, OF_RESULT = 1.0, 2.0
+"""Noise that a rounded addend may add: over that which the rounded input brings into the product, and over that of
+rounding the exact sum, of which equal steps of addend and sum give 1."""
 
 
 class Sum(Product):
@@ -61,7 +63,10 @@ class Sum(Product):
         into = codes.clone(memory_format=torch.channels_last)
         total = self._into(into, own.scale, own.zero_point, grid)
         if self.layer.adds_codes is None:
-            self.layer.adds_codes = self._is_exact_enough(total, grid)
+            exact = self._plus(_recomputed(self.addend))  # type: ignore[arg-type]
+            self.layer.adds_codes = self._is_near(total, exact, grid)
+            if not self.layer.adds_codes:
+                return grid.codes_in_place(exact)
         # Otherwise every sum would keep the ones before it alive.
         self.addend, self.rounded = None, known
         return total
@@ -90,12 +95,16 @@ class Sum(Product):
     def _plus(self, floats: torch.Tensor) -> torch.Tensor:
         return self.activation.apply(self.layer.compute(self.codes, self.epilogue).add_(floats))
 
-    def _is_exact_enough(self, total: torch.Tensor, grid: Grid) -> bool:
-        """Compare ``total``, of a rounded addend, with the rounded exact sum."""
-        assert self.addend is not None
-        exact = self._plus(_recomputed(self.addend))
+    def _is_near(self, total: torch.Tensor, exact: torch.Tensor, grid: Grid) -> bool:
+        """Compare ``total``, the codes of a sum with a rounded addend, with the exact sum."""
         least = (grid.values(grid.fresh_codes(exact)) - exact).square().mean()
-        return bool((grid.values(total) - exact).square().mean() <= NOISE * least)
+        added = (grid.values(total) - exact).square().mean() - least
+        return bool(added <= OF_INPUT * self._noise_of_input()) and bool(added <= OF_RESULT * least)
+
+    def _noise_of_input(self) -> torch.Tensor:
+        """The mean square of what rounding the input changes in the product, a twelfth of a squared step per weight."""
+        weights = self.layer.filters().flatten(1).float().square().sum(1)
+        return (self.epilogue.factor.square() * weights).mean() / 12
 
 
 def _recomputed(x: Deferred) -> torch.Tensor:
@@ -134,4 +143,4 @@ def _codes(addend: Deferred | None) -> Coded | None:
     return min(known, key=lambda pair: pair[0].scale, default=None)
 
 
-__all__ = ["NOISE", "Sum", "plus"]
+__all__ = ["Sum", "plus"]

@@ -13,6 +13,7 @@ from typing import Any
 import fastforward_kernels as kernels
 import torch
 import torch.nn.functional as F
+from fastforward_kernels.int_mm import int_mm
 from fastforward_kernels.packing import PackCache
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[1] == 0 or a.shape[0] == 0 or b.shape[1] == 0:
         return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
     if a.device.type != "cuda":
-        return torch._int_mm(a, b)
+        return int_mm(a, b)
     # cuBLAS wants more than 16 rows, and K and N in multiples of 8; zeros change no sum.
     rows, depth, columns = max(17 - a.shape[0], 0), -a.shape[1] % 8, -b.shape[1] % 8
     padded = torch._int_mm(F.pad(a, (0, depth, 0, rows)), F.pad(b, (0, columns, 0, depth)))

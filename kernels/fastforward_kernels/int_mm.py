@@ -19,6 +19,8 @@ TAKES_UINT8 = _takes_uint8()
 
 def int_mm(codes: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """``codes [m, k]`` uint8 or int8 times ``weight [k, n]`` int8: int32 ``[m, n]``, exact."""
+    if codes.shape[1] == 1 and codes.device.type == "cpu":  # torch reads such matrices in the wrong order
+        return torch.mul(codes.to(torch.int32), weight.to(torch.int32), out=out)
     if TAKES_UINT8 or codes.dtype == torch.int8:
         return torch._int_mm(codes, weight) if out is None else torch._int_mm(codes, weight, out=out)
     signed = (codes ^ 128).view(torch.int8)

@@ -208,9 +208,24 @@ def test_what_gpus_use_for_convolutions_computes_the_same(activation: Activation
 
 
 @pytest.mark.parametrize("takes_uint8", [True, False])
-def test_plain_products_of_unsigned_and_signed_are_exact(takes_uint8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows, depth, columns", [(32, 64, 48), (8, 1, 32), (1, 1, 5), (1, 3, 1)])
+def test_plain_products_of_unsigned_and_signed_are_exact(
+    takes_uint8: bool, rows: int, depth: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(int_mm, "TAKES_UINT8", takes_uint8 and int_mm.TAKES_UINT8)
-    codes = torch.randint(0, 256, (32, 64), dtype=torch.uint8)
-    weight = torch.randint(-128, 128, (48, 64), dtype=torch.int8)
-    assert torch.equal(int_mm.int_mm(codes, weight.t()), (codes.double() @ weight.double().t()).int())
+    codes = torch.randint(0, 256, (rows, depth), dtype=torch.uint8)
+    weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8)
+    exact = (codes.double() @ weight.double().t()).int()
+    out = torch.empty_like(exact)
+    for product in (int_mm.int_mm(codes, weight.t()), int_mm.int_mm(codes, weight.t().contiguous(), out=out), out):
+        assert torch.equal(product, exact)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_a_layer_with_a_single_input_feature(rows: int) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(rows, 1)
+    model = simulated(nn.Sequential(nn.Linear(1, 32)), example)
+    expected = outputs(model, example)
+    torch.testing.assert_close(outputs(ff.convert(model), example, runs=3), expected, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,9 @@ def _decibels(expected: torch.Tensor, actual: torch.Tensor) -> float:
 
 
 def _conv(channels: int = 8, kernel: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+    conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+    nn.init.kaiming_normal_(conv.weight)  # what it adds is as large as what it is added to, as in a ResNet
+    return conv
 
 
 def _net(forward: Forward) -> Net:
@@ -84,6 +86,21 @@ def test_the_sum_is_stored_by_the_convolution(name: str) -> None:
     links = {row.path: (row.source, row.result, row.fused) for row in ff.integer.explain(model).integer}
     assert links["b"] == link
     assert links["last"][0] == "uint8"
+
+
+def test_a_small_product_is_added_in_floats() -> None:
+    """Rounding what it is added to would bury it in noise."""
+    torch.manual_seed(0)
+    example = torch.randn(2, 8, 12, 12)
+    net = _net(_identity).eval()
+    with torch.no_grad():
+        net.b.weight.mul_(0.02)
+    model = simulated(net, example)
+    expected = outputs(model, example)
+    ff.convert(model)
+    results = [outputs(model, example) for _ in range(3)]
+    assert model.b.adds_codes is False
+    assert all(_decibels(expected, result) > 60 for result in results)
 
 
 def _used_again(self: Net, x: torch.Tensor) -> torch.Tensor:

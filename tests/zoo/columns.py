@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import fastforward as ff
-from fastforward.exceptions import QuantizationWarning
+from fastforward.exceptions import CalibrationError, QuantizationWarning
 from fastforward.nn.conversion import has_forward
-from tests.zoo import compiled, needless, stubs, text
+from tests.zoo import compiled, integers, needless, stubs, text
 from tests.zoo.entry import Entry
 from tests.zoo.multiplied import quantize, work
 from tests.zoo.outside import operators_outside
@@ -101,6 +101,17 @@ def compilation(entry: Entry) -> Record:
     return _record(problems, stubs=not found.stubs, live=not found.live)
 
 
+def conversion(entry: Entry) -> Record:
+    """``ff.convert``, and what integer layers compute beside what their simulation did."""
+    if not entry.multiplies:
+        return _record([], skipped="multiplies nothing")
+    try:
+        found = integers.check(entry)
+    except CalibrationError as error:  # some layers of it see no data, so that they have no ranges
+        return _record([], skipped=str(error))
+    return _record(found.problems, integer=found.integer, floating=found.floating, sqnr=found.sqnr)
+
+
 COLUMNS: dict[str, Callable[[Entry], Record]] = {
     "eval": evaluation,
     "train": training,
@@ -109,6 +120,7 @@ COLUMNS: dict[str, Callable[[Entry], Record]] = {
     "evidence": evidence,
     "text": text_form,
     "compile": compilation,
+    "integer": conversion,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 Records = dict[tuple[str, str], dict[str, Any]]
 _HEAD = (
     "library", "models", "eval", "train", "calibrated", "MACs %", "SQNR", "ran", "outside", "unknown", "surrogates",
-    "text", "classes", "compile", "stubs", "live", "needless",
+    "text", "classes", "compile", "stubs", "live", "needless", "integer", "layers",
 )  # fmt: skip
 
 
@@ -60,11 +60,13 @@ def _row(library: str, records: Records) -> tuple[str, ...]:
         str(_total(compiled, "stubs")),
         str(_total(compiled, "live")),
         str(_total([*products, *_of(records, "evidence")], "needless")),
+        _good(_of(records, "integer")),
+        str(_total(_of(records, "integer"), "integer")),
     )
 
 
 def _left_out(records: Records) -> Iterable[str]:
-    for column in ("train", "products", "evidence", "text", "compile"):
+    for column in ("train", "products", "evidence", "text", "compile", "integer"):
         reasons = Counter(r["skipped"][:140] for r in _of(records, column) if "skipped" in r)
         for reason, count in reasons.most_common():
             yield f"  left out of {column}: {count} x {reason}"

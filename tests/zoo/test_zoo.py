@@ -22,6 +22,14 @@ SPREAD = {
     ),
     "evidence": ("torch.nn/MultiheadAttention", "timm/test_vit", "transformers/gpt2"),
     "compile": ("torch.nn/TransformerEncoderLayer", "torch.nn/Conv2d", "transformers/bert"),
+    "integer": (
+        "torch.nn/LSTM",
+        "torchvision/resnet18",
+        "torchvision/mobilenet_v2",
+        "timm/test_vit",
+        "transformers/bert",
+        "transformers/decision_transformer",
+    ),
 }
 
 
