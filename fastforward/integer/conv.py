@@ -58,6 +58,8 @@ class IntegerConv(MeasuredLayer):
     _memory: torch.memory_format
     _conv_forward: Any
     _zero_points: torch.Tensor
+    _columns: torch.Tensor | None
+    _pointwise: bool
 
     @classmethod
     def swap(cls, layer: Any, grid: Grid | None = None, *, keep_float: bool = False) -> "IntegerConv":
@@ -72,8 +74,10 @@ class IntegerConv(MeasuredLayer):
 
     def prepare(self, bias: torch.Tensor | None) -> None:
         super().prepare(bias)
-        self._packs, self._folded, self._operands, self._sizes = {}, None, None, {}
+        self._packs, self._folded, self._operands, self._sizes, self._columns = {}, None, None, {}, None
         self._strides, self._paddings, self._dilations = list(self.stride), self._padding_sizes(), list(self.dilation)
+        pads, strides = any(self._paddings), any(step != 1 for step in self._strides)
+        self._pointwise = self.groups == 1 and self.weight_int8[0, 0].numel() == 1 and not (pads or strides)
         self._dimensions, self._on_cpu = self.weight_int8.dim(), self.weight_int8.device.type == "cpu"
         self._memory = _MEMORY.get(self._dimensions, torch.contiguous_format)
         self._zero_points = onednn._zeros(self.out_channels)
@@ -115,9 +119,12 @@ class IntegerConv(MeasuredLayer):
     def compute(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation = NO_ACTIVATION, out: Grid | None = None
     ) -> torch.Tensor:
-        scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
         if not self._on_cpu:
             return self._portable(codes, epilogue, activation, out)
+        few = self._pointwise and codes.numel() <= onednn.SMALL_ROWS * self.in_channels
+        if few and not torch.compiler.is_compiling():
+            return self._multiplied(codes, epilogue, activation, out)
+        epilogue, activation, scale, zero_point, dtype = onednn.stored(epilogue, activation, out)
         if activation.name not in self._fusible:
             y = activation.apply(self.compute(codes, epilogue))
             return y if out is None else out.codes(y)
@@ -144,6 +151,15 @@ class IntegerConv(MeasuredLayer):
         )
         return onednn.limited(result, out)
 
+    def _multiplied(
+        self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
+    ) -> torch.Tensor:
+        """A convolution of a few pixels as a product of matrices: squeeze-and-excitation has one for each image."""
+        self.record.kernel = "int_mm"
+        if self._columns is None:
+            self._columns = self.weight_int8.flatten(1).t()
+        return onednn.linear_int_mm(codes.movedim(1, -1), self._columns, epilogue, activation, out).movedim(-1, 1)
+
     def accumulate(
         self,
         codes: torch.Tensor,
@@ -158,7 +174,8 @@ class IntegerConv(MeasuredLayer):
             y = into if out is None else torch.sub(into, float(zero_point)).mul_(scale)
             y = activation.apply(self.accumulate(codes, epilogue, NO_ACTIVATION, y, 1.0, 0, None))
             return y if out is None else out.codes_in_place(y)
-        out_scale, out_zero_point = (1.0, 0) if out is None else (out.scale, out.zero_point)
+        epilogue, activation, out_scale, out_zero_point, _ = onednn.stored(epilogue, activation, out)
+        scale = scale if out is None else scale / (out.scale / out_scale)
         codes, bias, point, padding = self._operands_of(codes, epilogue)
         result: torch.Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
             codes,
@@ -293,7 +310,8 @@ class IntegerConv(MeasuredLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_packs": {}, "_folded": None, "_operands": None, "_float_weight": None}
+        derived = {"_folded": None, "_operands": None, "_columns": None, "_float_weight": None}
+        return {**self.__dict__, "_packs": {}, **derived}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -62,7 +62,7 @@ class Epilogue:
     bias: torch.Tensor | None
     compensated: torch.Tensor
     factor: torch.Tensor
-    _folded: "tuple[Any, Epilogue] | None" = None
+    _folded: "dict[Any, Epilogue]" = dataclasses.field(default_factory=dict)
 
     def on(self, grid: Any) -> "Epilogue":
         """This epilogue with the scale and zero point of ``grid`` in it, so that its results are codes on that grid.
@@ -70,11 +70,13 @@ class Epilogue:
         A kernel that is told no other grid than the unit one rounds exactly what this gives, whether it computes one
         layer or several at once.
         """
-        if self._folded is None or self._folded[0] is not grid:
-            scale = self.scale / grid.scale
+        folded = self._folded.get(grid)
+        if folded is None:
+            bias = (torch.zeros_like(self.scale) if self.bias is None else self.bias) / grid.scale + grid.zero_point
             compensated = self.compensated / grid.scale + grid.zero_point
-            self._folded = grid, Epilogue(scale, None, compensated, self.factor / grid.scale)
-        return self._folded[1]
+            folded = Epilogue(self.scale / grid.scale, bias, compensated, self.factor / grid.scale)
+            self._folded[grid] = folded
+        return folded
 
 
 def make_epilogue(

@@ -2,15 +2,18 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from calibrated import Net, close, outputs, simulated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
 from fastforward.integer import measured
 
 nn = torch.nn
+F = nn.functional
 
 CONVOLUTIONS = {
     "no padding": (lambda: nn.Conv2d(4, 8, 3), 12),
@@ -36,6 +39,63 @@ def test_real_zero_on_any_code(name: str, offset: float) -> None:
     expected = outputs(model, example)
     ff.convert(model)
     assert close(expected, outputs(model, example, runs=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "kernel"),
+    [
+        (lambda: nn.Conv1d(16, 24, 1), (3,), "int_mm"),
+        (lambda: nn.Conv2d(16, 24, 1), (1, 1), "int_mm"),
+        (lambda: nn.Conv2d(16, 24, 1), (2, 2), "int_mm"),
+        (lambda: nn.Conv2d(16, 24, 1), (7, 7), "onednn"),
+        (lambda: nn.Conv2d(16, 24, 1, stride=2), (2, 2), "onednn"),
+        (lambda: nn.Conv2d(16, 24, 1, padding=1), (1, 1), "onednn"),
+        (lambda: nn.Conv2d(18, 27, 3, groups=9), (3, 3), "onednn"),
+        (lambda: nn.Conv3d(16, 24, 1), (1, 2, 1), "int_mm"),
+    ],
+)
+def test_pointwise_convolutions_of_few_pixels_are_products(make: Any, size: tuple[int, ...], kernel: str) -> None:
+    torch.manual_seed(0)
+    first = make()
+    second = type(first)(first.out_channels, 8, 1)
+    example = torch.randn(2, first.in_channels, *size)
+    model = simulated(Net(lambda self, x: self.b(torch.relu(self.a(x))), a=first, b=second), example)
+    expected = outputs(model, example)
+    ff.convert(model)
+    for memory in (torch.contiguous_format, torch.channels_last if len(size) == 2 else torch.contiguous_format):
+        assert close(expected, outputs(model, example.to(memory_format=memory), runs=2))
+        assert close(expected, outputs(copy.deepcopy(model), example, runs=2))
+    assert ff.integer.explain(model).links[0].kernel == kernel
+
+
+class Stores(TorchDispatchMode):
+    """The scale and post-operator that oneDNN's kernels are given for their codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[float, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "onednn" in str(func) and torch.uint8 in args:
+            place = args.index(torch.uint8)
+            names = [arg for arg in args[place:] if isinstance(arg, str) and arg not in ("", "sum")]
+            self.seen.append((args[place - 2], *names[:1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(32, 32), lambda: nn.Conv2d(32, 32, 3, padding=1)])
+def test_codes_from_zero_on_need_no_relu_and_no_scale(layer: Any) -> None:
+    torch.manual_seed(0)
+    net = Net(lambda self, x: self.c(F.hardswish(self.b(torch.relu(self.a(x))))), a=layer(), b=layer(), c=layer())
+    example = torch.randn(16, 32) if isinstance(net.a, nn.Linear) else torch.randn(2, 32, 8, 8)
+    model = simulated(net, example)
+    expected = outputs(model, example)
+    ff.convert(model)
+    outputs(model, example, runs=3)
+    with Stores() as stores:
+        assert close(expected, outputs(model, example))
+    assert stores.seen[0] == (1.0, "none")
+    assert stores.seen[1][1] == "hardswish"
 
 
 MODULES = {
