@@ -35,7 +35,8 @@ def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         Digits, uint8 ``[3, rows, k]``, the least first, and the real value of one unit of each, float32
-        ``[rows, 1, 3]``: ``x = value[0] * d[0] + value[1] * d[1] + value[2] * d[2] - 2**22 * value[0]``.
+        ``[rows, 1, 3]``: ``x = value[0] * d[0] + value[1] * d[1] + value[2] * d[2] - 2**22 * value[0]``. One row alone
+        gives ``[3, k]`` and ``[1, 3]``, whose products need no views.
     """
     top = x.abs().amax(1, keepdim=True)
     shifted = torch.addcdiv(_magic, x, top, value=LARGEST)  # a row of zeros becomes NaN, and its values zero
@@ -44,6 +45,8 @@ def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         split = torch.stack((bits & 255, (bits >> 8) & 255, (bits >> 16) & 127)).to(torch.uint8)
     else:
         rows, k = x.shape
+        if rows == 1:
+            return torch.as_strided_copy(shifted.view(torch.uint8), (DIGITS, k), (1, 4)), top * _places
         split = torch.as_strided_copy(shifted.view(torch.uint8), (DIGITS, rows, k), (1, 4 * k, 4))
     return split, (top * _places).unsqueeze(1)
 
@@ -74,11 +77,13 @@ def multiply(
     """Multiply rows in digits by a matrix.
 
     Args:
-        split: uint8 ``[3, rows, k]`` of :func:`digits`.
-        values: float32 ``[rows, 1, 3]`` of :func:`digits`.
-        product: Multiplies codes, uint8 ``[3, rows, k]``, whose real zero is :data:`CENTER`; float32.
+        split: The digits of :func:`digits`.
+        values: The values of :func:`digits`.
+        product: Multiplies codes, uint8 ``[..., k]``, whose real zero is :data:`CENTER`; float32 ``[..., n]``.
 
     Returns:
         float32 ``[rows, n]``.
     """
+    if split.dim() == 2:
+        return torch.mm(values, product(split))
     return torch.bmm(values, product(split).transpose(0, 1)).squeeze(1)

@@ -111,8 +111,8 @@ class WeightOnlyLinear(torch.nn.Linear):
 
     def _int_mm(self, codes: torch.Tensor) -> torch.Tensor:
         offset = self.weight_int8.sum(1, dtype=torch.float32) * -digits.CENTER
-        product = (int_mm(codes.flatten(0, 1), self.weight_int8.t()) + offset) * self.weight_scale
-        return product.view(*codes.shape[:2], -1)
+        product = (int_mm(codes.flatten(0, -2), self.weight_int8.t()) + offset) * self.weight_scale
+        return product.view(*codes.shape[:-1], -1)
 
     def _onednn(self, codes: torch.Tensor) -> torch.Tensor:
         """Multiply by the packed weight; the bias takes off what the digits of real zero add."""

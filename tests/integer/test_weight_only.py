@@ -83,8 +83,10 @@ def test_digits_hold_a_float() -> None:
     x[1, :10] = 0
     weight = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
     exact = x.double() @ weight.double().t()
-    difference = (_digits_product(x, weight) - exact).abs()
-    assert (difference.amax(1) <= 1e-6 * exact.abs().amax(1)).all(), "each row by its own largest value"
+    alone = torch.cat([_digits_product(row[None], weight) for row in x])
+    for product in (_digits_product(x, weight), alone):
+        difference = (product - exact).abs()
+        assert (difference.amax(1) <= 1e-6 * exact.abs().amax(1)).all(), "each row by its own largest value"
     assert not _digits_product(torch.zeros(1, 64), weight).any()
 
 
@@ -99,6 +101,7 @@ def test_what_is_not_finite_stays_so(value: float, name: str) -> None:
     assert not actual[1].isfinite().any()
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[2], expected[2])
+    assert not outputs(model, example[1:2]).isfinite().any()
 
 
 def test_layers_share_the_digits_of_a_tensor_until_it_changes() -> None:
