@@ -76,8 +76,7 @@ class IntegerConv(MeasuredLayer):
         super().prepare(bias)
         self._packs, self._folded, self._operands, self._sizes, self._columns = {}, None, None, {}, None
         self._strides, self._paddings, self._dilations = list(self.stride), self._padding_sizes(), list(self.dilation)
-        pads, strides = any(self._paddings), any(step != 1 for step in self._strides)
-        self._pointwise = self.groups == 1 and self.weight_int8[0, 0].numel() == 1 and not (pads or strides)
+        self._pointwise = self.groups == 1 and self.weight_int8[0, 0].numel() == 1 and not any(self._paddings)
         self._dimensions, self._on_cpu = self.weight_int8.dim(), self.weight_int8.device.type == "cpu"
         self._memory = _MEMORY.get(self._dimensions, torch.contiguous_format)
         self._zero_points = onednn._zeros(self.out_channels)
@@ -121,8 +120,7 @@ class IntegerConv(MeasuredLayer):
     ) -> torch.Tensor:
         if not self._on_cpu:
             return self._portable(codes, epilogue, activation, out)
-        few = self._pointwise and codes.numel() <= onednn.SMALL_ROWS * self.in_channels
-        if few and not torch.compiler.is_compiling():
+        if self._pointwise and self._is_small_matrix(codes):
             return self._multiplied(codes, epilogue, activation, out)
         epilogue, activation, scale, zero_point, dtype = onednn.stored(epilogue, activation, out)
         if activation.name not in self._fusible:
@@ -151,14 +149,22 @@ class IntegerConv(MeasuredLayer):
         )
         return onednn.limited(result, out)
 
+    def _is_small_matrix(self, codes: torch.Tensor) -> bool:
+        """Whether there is one pixel for each of a few images: what squeeze-and-excitation makes of them."""
+        rows = codes.shape[0]
+        one_pixel = codes.numel() == rows * self.in_channels
+        return one_pixel and 0 < rows <= onednn.SMALL_ROWS and not torch.compiler.is_compiling()
+
     def _multiplied(
         self, codes: torch.Tensor, epilogue: Epilogue, activation: Activation, out: Grid | None
     ) -> torch.Tensor:
-        """A convolution of a few pixels as a product of matrices: squeeze-and-excitation has one for each image."""
+        """A pointwise convolution of one pixel, which is a product of matrices."""
         self.record.kernel = "int_mm"
         if self._columns is None:
             self._columns = self.weight_int8.flatten(1).t()
-        return onednn.linear_int_mm(codes.movedim(1, -1), self._columns, epilogue, activation, out).movedim(-1, 1)
+        shape = codes.shape
+        y = onednn.linear_int_mm(codes.view(shape[0], -1).contiguous(), self._columns, epilogue, activation, out)
+        return y.view(shape[0], -1, *shape[2:])
 
     def accumulate(
         self,
