@@ -66,12 +66,10 @@ class DynamicOperator:
 
     def calling(self, function: Any) -> Callable[..., Any]:
         """``function`` with its operands and result quantized, to be called like it."""
-        return functools.partial(self._call, function)
+        return functools.partial(self.call, function)
 
-    def _call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return self(function, args, kwargs) if self.active else function(*args, **kwargs)
-
-    def __call__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` with its operands and result quantized."""
         if not self.active:
             return function(*args, **kwargs)
         receiver = receiver_of(function) if self.is_method else None

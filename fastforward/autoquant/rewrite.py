@@ -7,42 +7,23 @@ source                     rewritten
 =========================  ==========================================
 operand ``x``              ``_ff.q(k, x)``
 definition ``x = ...``     ``x = _ff.q(k, ...)``, or ``x = _ff.q(k, x)`` right after it
-``a + b``                  ``_ff.add(k, a, b)``
-``x += y``                 ``x = _ff.iadd(k, x, y)``
-``F.linear(x, w)``         ``_ff.op(k, F.linear, x, w)``
-``helper(x)``              ``_ff.call(n, helper, x)``
+``a + b``                  ``_ff.q(k, a + b)``
+``F.linear(x, w)``         ``_ff.q(k, F.linear(x, w))``
+``helper(x)``              ``_ff.callee(n, helper)(x)``
 =========================  ==========================================
 
+Operators and calls stay the user's own: no frame comes between, and nothing else holds the operands while they run.
 Every new node has the position of the one it replaces: tracebacks, breakpoints and coverage stay on the user's lines.
 """
 
 import ast
+import sys
 from typing import Any, TypeVar
 
 from fastforward.autoquant.marks import Marks
-from fastforward.autoquant.sites import Site
 from fastforward.autoquant.source import FunctionNode
 
 SCOPE = "_ff"
-NO_SITE = -1
-
-BINARY = {
-    "Add": "add",
-    "Sub": "sub",
-    "Mult": "mul",
-    "Div": "truediv",
-    "FloorDiv": "floordiv",
-    "Mod": "mod",
-    "Pow": "pow",
-    "MatMult": "matmul",
-    "BitAnd": "and_",
-    "BitOr": "or_",
-    "BitXor": "xor",
-    "LShift": "lshift",
-    "RShift": "rshift",
-}
-UNARY = {"USub": "neg", "UAdd": "pos", "Invert": "invert"}
-
 _Node = TypeVar("_Node", bound=ast.AST)
 
 
@@ -141,16 +122,6 @@ class _Rewriter(ast.NodeTransformer):
 
     visit_AsyncFor = visit_With = visit_AsyncWith = visit_For
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        marked = id(node) in self.marks.outputs
-        self.generic_visit(node)
-        if not marked:
-            return node
-        load, store = _twice(node.target)
-        name = f"i{BINARY[type(node.op).__name__].rstrip('_')}"
-        value = _scope_call(node, name, NO_SITE, load, node.value)
-        return ast.copy_location(ast.Assign(targets=[store], value=value, type_comment=None), node)
-
     # -------------------------------------------------------------- expressions
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
         """Left as it is: see ``marks.py``."""
@@ -160,19 +131,12 @@ class _Rewriter(ast.NodeTransformer):
         """Left as it is: what is raised is no operand."""
         return node
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        marked, site = id(node) in self.marks.outputs, self.marks.outputs.get(id(node))
+    def visit_BinOp(self, node: ast.BinOp | ast.UnaryOp) -> ast.AST:
+        site = self.marks.outputs.get(id(node))
         self.generic_visit(node)
-        if not marked:
-            return node
-        return _scope_call(node, BINARY[type(node.op).__name__], _number(site), node.left, node.right)
+        return node if site is None else _scope_call(node, "q", site.index, node)
 
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
-        marked, site = id(node) in self.marks.outputs, self.marks.outputs.get(id(node))
-        self.generic_visit(node)
-        if not marked:
-            return node
-        return _scope_call(node, UNARY[type(node.op).__name__], _number(site), node.operand)
+    visit_UnaryOp = visit_BinOp
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         mark = self.marks.calls.get(id(node))
@@ -184,24 +148,21 @@ class _Rewriter(ast.NodeTransformer):
         if mark.kind == "operator":
             if mark.site is None:
                 return node
-            custom = mark.operator is not None and mark.operator.dispatch_op is not None
-            return _wrap_call(node, "dispatch" if custom else "op", mark.site.index)
-        return _wrap_call(node, "call", mark.number)
-
-
-def _number(site: Site | None) -> int:
-    return NO_SITE if site is None else site.index
+            if mark.operator is not None and mark.operator.dispatch_op is not None:
+                return _resolved(node, "dispatch", mark.site.index)
+            return _scope_call(node, "q", mark.site.index, node)
+        return _resolved(node, "callee", mark.number)
 
 
 def _at(place: ast.AST, node: _Node) -> _Node:
     return ast.copy_location(node, place)
 
 
-def _scope_attribute(place: ast.AST, name: str, line: int | None = None) -> ast.expr:
+def _scope_attribute(place: ast.AST, name: str) -> ast.expr:
     """``_ff.name``. A method call gets the last line of its attribute, so that decides the traceback's line."""
     node: ast.Attribute = _at(place, ast.Attribute(_at(place, ast.Name(SCOPE, ast.Load())), name, ast.Load()))
-    if line is not None or hasattr(node, "lineno"):
-        node.end_lineno, node.end_col_offset = line or node.lineno, max(node.col_offset, len(name))
+    if hasattr(node, "lineno"):
+        node.end_lineno, node.end_col_offset = node.lineno, max(node.col_offset, len(name))
     return node
 
 
@@ -213,47 +174,24 @@ def _constant(place: ast.AST, number: int) -> ast.expr:
     return _at(place, ast.Constant(number))
 
 
-def _wrap_call(node: ast.Call, method: str, number: int) -> ast.expr:
-    arguments = [_constant(node, number), node.func, *node.args]
-    line = node.func.end_lineno if isinstance(node.func, ast.Attribute) else None
-    return _at(node, ast.Call(_scope_attribute(node, method, line), arguments, node.keywords))
+def _resolved(node: ast.Call, method: str, number: int) -> ast.expr:
+    """``node`` with ``_ff.method(number, callee)`` in place of its callee."""
+    callee = node.func
+    node.func = _scope_call(callee, method, number, callee)
+    if isinstance(callee, ast.Attribute) and _is_method_call(node) and callee.end_lineno is not None:
+        # What the compiler does for a method call, which this was: it stands where the attribute's name does.
+        node.lineno = callee.end_lineno
+        node.col_offset = max((callee.end_col_offset or 0) - len(callee.attr.encode()), 0)
+    return node
 
 
-def _twice(target: ast.expr) -> tuple[ast.expr, ast.expr]:
-    """Expressions that read and that store ``target``, evaluating its parts once, while reading."""
-    if isinstance(target, ast.Name):
-        return _at(target, ast.Name(target.id, ast.Load())), target
-    assert isinstance(target, (ast.Attribute, ast.Subscript))
-    read_base, store_base = _kept(target.value, "_ff_base")
-    if isinstance(target, ast.Attribute):
-        return (
-            _at(target, ast.Attribute(read_base, target.attr, ast.Load())),
-            _at(target, ast.Attribute(store_base, target.attr, ast.Store())),
-        )
-    read_key, store_key = _kept(_slice_as_call(target.slice), "_ff_key")
-    return (
-        _at(target, ast.Subscript(read_base, read_key, ast.Load())),
-        _at(target, ast.Subscript(store_base, store_key, ast.Store())),
-    )
-
-
-def _kept(expression: ast.expr, name: str) -> tuple[ast.expr, ast.expr]:
-    """``(name := expression)`` and ``name``; constants and names need no keeping."""
-    if isinstance(expression, (ast.Constant, ast.Name)):
-        return expression, _at(expression, type(expression)(**expression.__dict__))
-    store = _at(expression, ast.Name(name, ast.Store()))
-    kept = _at(expression, ast.NamedExpr(store, expression))
-    return kept, _at(expression, ast.Name(name, ast.Load()))
-
-
-def _slice_as_call(key: ast.expr) -> ast.expr:
-    """``a:b`` as ``_ff.slice(a, b, None)``, so that it can be bound to a name."""
-    if isinstance(key, ast.Tuple):
-        return _at(key, ast.Tuple([_slice_as_call(element) for element in key.elts], ast.Load()))
-    if not isinstance(key, ast.Slice):
-        return key
-    parts = [part if part is not None else _at(key, ast.Constant(None)) for part in (key.lower, key.upper, key.step)]
-    return _at(key, ast.Call(_scope_attribute(key, "slice"), parts, []))
+def _is_method_call(node: ast.Call) -> bool:
+    """Whether Python calls an attribute without making the bound method first."""
+    if any(isinstance(argument, ast.Starred) for argument in node.args):
+        return False
+    if sys.version_info < (3, 11):
+        return not node.keywords
+    return all(keyword.arg is not None for keyword in node.keywords)
 
 
 def _docstring_length(body: list[ast.stmt]) -> int:
@@ -280,21 +218,28 @@ def _evaluated_first(statement: ast.stmt) -> ast.AST:
 
 
 def _receive_scope(node: FunctionNode) -> None:
-    """Add the keyword-only argument ``_ff``; a method looks its instance's scope up first."""
+    """Add the keyword-only argument ``_ff``; first of all a method looks its instance's scope up."""
     arguments = node.args
     arguments.kwonlyargs.append(_at(node, ast.arg(SCOPE)))
     arguments.kw_defaults.append(None)
     if isinstance(node, ast.Lambda):
+        body = node.body
+        entered = _at(body, ast.NamedExpr(_at(body, ast.Name(SCOPE, ast.Store())), _entering(body, arguments)))
+        both = _at(body, ast.Tuple([entered, body], ast.Load()))
+        node.body = _at(body, ast.Subscript(both, _constant(body, 1), ast.Load()))
         return
     at = _docstring_length(node.body)
     place = _first_executed(node.body[at:] or node.body)
-    positional = [*arguments.posonlyargs, *arguments.args]
-    if positional:
-        me: ast.expr = _at(place, ast.Name(positional[0].arg, ast.Load()))
-    elif arguments.vararg:
-        me = _at(place, ast.Starred(_at(place, ast.Name(arguments.vararg.arg, ast.Load())), ast.Load()))
-    else:
-        return
-    enter = _at(place, ast.Call(_scope_attribute(place, "enter"), [me], []))
     store = _at(place, ast.Name(SCOPE, ast.Store()))
-    node.body.insert(at, ast.copy_location(ast.Assign(targets=[store], value=enter, type_comment=None), place))
+    statement = ast.Assign(targets=[store], value=_entering(place, arguments), type_comment=None)
+    node.body.insert(at, ast.copy_location(statement, place))
+
+
+def _entering(place: ast.AST, arguments: ast.arguments) -> ast.expr:
+    """``_ff.enter(self)``, with whatever the first argument is called."""
+    me: list[ast.expr] = []
+    if positional := [*arguments.posonlyargs, *arguments.args]:
+        me = [_at(place, ast.Name(positional[0].arg, ast.Load()))]
+    elif arguments.vararg:
+        me = [_at(place, ast.Starred(_at(place, ast.Name(arguments.vararg.arg, ast.Load())), ast.Load()))]
+    return _at(place, ast.Call(_scope_attribute(place, "enter"), me, []))

@@ -7,17 +7,29 @@ function leads to a child scope. So different call paths have different quantize
 
 import functools
 import inspect
-import operator
 import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from fastforward.autoquant.callpath import FIRST, Announced, taken
-from fastforward.autoquant.dynamic import DynamicOperator, apply, is_made_anew, method_name, receiver_of
+from fastforward.autoquant.compiled_scope import (
+    CONSTANT,
+    DYNAMIC,
+    FUNCTION,
+    METHOD,
+    MODULE,
+    OBJECT,
+    OWN_METHOD,
+    STATIC,
+    CompiledScope,
+    Known,
+    Sites,
+)
+from fastforward.autoquant.dynamic import DynamicOperator, is_made_anew, method_name, receiver_of
 from fastforward.autoquant.sites import PARAMETER, Site, callee_name, nested_name, on_call_path
-from fastforward.exceptions import QuantizationError
 
 if TYPE_CHECKING:
     from fastforward.autoquant.optable import Operator
@@ -30,21 +42,17 @@ SEVERAL = "_ff_several"
 SCOPE_ARGUMENT = "_ff"
 # A function object made anew in each call (a closure) would otherwise be kept once per call.
 _CLOSURES_KEPT = 8
-_STATIC, _DYNAMIC, _FUNCTION, _METHOD, _OBJECT, _CONSTANT, _MODULE, _OWN_METHOD = range(8)
+# Nothing was found yet; calling ``None`` fails as it does in the source.
+_UNRESOLVED = None, None
 
 
-Known = tuple[int, Any, Any, "Scope | None"]
-"""What eager execution found at a call site: how it was called, the callee, what is called instead, and its scope."""
-
-
-class Scope:
+class Scope(Sites):
     """Quantizers and children of one call path.
 
     Attributes:
         owner: Module instance that holds the stubs; ``None`` for code that runs on no quantized instance.
         unit: The rewritten function.
         name: What the function is called; a decorator's wrappers share one code and have the names of what they wrap.
-        plan: For each site its active quantizer, or ``None`` while a stub stands there.
         index: The call path of the owner that this scope is on.
         label: Where in the owner's ``forward`` the function runs; ``None`` in methods that others call directly.
         caller: The scope that the owner is called from on this path, of a root on another than the first.
@@ -56,6 +64,7 @@ class Scope:
         "caller",
         "calls",
         "children",
+        "compiled",
         "direct",
         "dynamic",
         "engine",
@@ -67,7 +76,7 @@ class Scope:
         "names",
         "owner",
         "parent",
-        "plan",
+        "receivers",
         "unit",
     )
 
@@ -95,10 +104,12 @@ class Scope:
         self.memo: dict[int, tuple[Known, ...]] = {}
         # What a call site found last, and what to call for it: a shortcut past resolution. For the method of an object
         # that is not the owner, also the object's type, which is all that resolution asks of it.
-        self.direct: dict[int, tuple[Any, ...]] = {}
+        self.direct: list[tuple[Any, Any]] = [_UNRESOLVED] * len(unit.call_names)
+        self.receivers: dict[int, type | None] = {}
         self.bound: dict[types.FunctionType, types.FunctionType] = {}
         self.names: tuple[str, ...] = ()
-        self.plan: list[Any] = [None] * (len(unit.sites) + 1)
+        self.plan = [None] * len(unit.sites)
+        self.compiled = CompiledScope(self)
         if owner is not None and self.is_wrapper:
             # What is wrapped has the same names, and the first claim to them: text has them for it alone.
             self._known_children(function)
@@ -106,12 +117,6 @@ class Scope:
         elif owner is not None:
             self._own_stubs(owner)
             self._known_children(function)
-
-    slice = slice
-
-    def enter(self, *_: Any) -> "Scope":
-        """What a method's first statement calls; a scope that was passed explicitly stays."""
-        return self
 
     @property
     def is_wrapper(self) -> bool:
@@ -145,6 +150,7 @@ class Scope:
             self.plan[index] = quantizer if quantizer is not None and (live or not quantizer.is_stub()) else None
         for dynamic in self.dynamic.values():
             dynamic.refresh()
+        self.direct[:] = [_UNRESOLVED] * len(self.direct)  # an operator without quantizers is called as it is
         for child in self.children.values():
             if child.parent is self:
                 child.refresh()
@@ -156,11 +162,11 @@ class Scope:
     def _known_children(self, function: types.FunctionType) -> None:
         """Make the scopes of the helpers that are known beforehand, so that their stubs exist before the first run."""
         for number, callee in self.engine.known_callees(self.unit, function).items():
-            self._expect(number, callee, _FUNCTION)
+            self._expect(number, callee, FUNCTION)
         for number, name in self.unit.self_calls.items():
             method = inspect.getattr_static(type(self.owner), name, None)
             if isinstance(method, types.FunctionType) and self.engine.is_known_helper(method):
-                self._expect(number, method, _OWN_METHOD)
+                self._expect(number, method, OWN_METHOD)
 
     def _expect(self, number: int, function: types.FunctionType, how: int) -> None:
         child = self.child(number, function)
@@ -195,7 +201,7 @@ class Scope:
         target: Callable[..., Any] = module
         if index != FIRST:
             target = Announced(module, index)
-            self._remember(number, _MODULE, module, target, None)
+            self._remember(number, MODULE, module, target, None)
         self.met[number, id(module)] = target
         self.direct[number] = module, target
         return target
@@ -203,62 +209,49 @@ class Scope:
     def announced(self) -> Iterator[torch.nn.Module]:
         """The modules that run on another than their first call path because of this scope or one below it."""
         for found in self.memo.values():
-            yield from (callee for how, callee, *_ in found if how == _MODULE)
+            yield from (callee for how, callee, *_ in found if how == MODULE)
         for child in self.children.values():
             if child.parent is self:
                 yield from child.announced()
 
     # -------------------------------------------------------------- what rewritten code calls
-    def q(self, index: int, value: Any) -> Any:
-        """Quantize ``value`` at site ``index``."""
-        quantizer = self.plan[index]
-        return value if quantizer is None else apply(quantizer, value)
+    def enter(self, *_: Any) -> "Scope | CompiledScope":
+        """What a function's first statement calls; a scope that was passed explicitly stays."""
+        return self.compiled if is_dynamo_compiling() else self
 
-    def op(self, index: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call an operator and quantize its result at site ``index``."""
-        quantizer = self.plan[index]
-        if quantizer is None:
-            return function(*args, **kwargs)
-        return apply(quantizer, function(*args, **kwargs))
+    def callee(self, number: int, function: Any) -> Any:
+        """What to call for ``function``, whose nature is known only now."""
+        known, instead = self.direct[number]
+        return instead if known is function else self._callee(number, function)
 
-    def dispatch(self, index: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call the operator that the user's table gives for ``function``, with the quantizer of its result."""
-        operator = self.unit.dispatch[index]
-        quantizer = self.owner.__dict__.get(self.names[index]) if self.owner is not None else None
-        return operator(*args, output_quantizer=quantizer, **kwargs)
-
-    def call(self, number: int, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call something whose nature is known only now."""
-        if torch.compiler.is_compiling():
-            return self.call_compiled(number, function, args, kwargs)
+    def _callee(self, number: int, function: Any) -> Any:
         kind = type(function)
         if kind in _plain_modules:
-            return function(*args, **kwargs)
-        known = self.direct.get(number)
-        if known is not None and known[0] is function:
-            return known[1](*args, **kwargs)
+            self.direct[number] = function, function
+            return function
         if kind in _quantized_modules:
-            target = self.met.get((number, id(function))) or self.meet(number, function)
-            return target(*args, **kwargs)
-        if kind is types.MethodType:
-            if known is not None and known[0] is function.__func__:
+            target = self.met.get((number, id(function)))
+            if target is not None:
+                return target
+        elif kind is types.MethodType:
+            known, instead = self.direct[number]
+            if known is function.__func__:
                 me = function.__self__
-                if me is self.owner or type(me) in known[2:]:
-                    return known[1](me, *args, **kwargs)
+                if me is self.owner or type(me) is self.receivers.get(number):
+                    return types.MethodType(instead, me)
         elif kind is types.BuiltinFunctionType and number in self.memo:
             index = self.unit.call_sites[number]
             if index is not None and self.plan[index] is None:
-                return function(*args, **kwargs)
-        return self.resolve(number, function, args, kwargs)
+                return function
+        return functools.partial(self.resolve, number, function)
 
-    def visible(self, _: int, names: Any) -> Any:
-        """``locals()`` or ``dir()`` without what rewriting added."""
-        if isinstance(names, list):
-            return [name for name in names if not name.startswith("_ff")]
-        return {name: value for name, value in names.items() if not name.startswith("_ff")}
+    def dispatch(self, index: int, _: Callable[..., Any]) -> Callable[..., Any]:
+        """The operator that the user's table gives instead, with the quantizer of its result."""
+        quantizer = self.owner.__dict__.get(self.names[index]) if self.owner is not None else None
+        return functools.partial(self.unit.dispatch[index], output_quantizer=quantizer)
 
     # -------------------------------------------------------------- resolution
-    def resolve(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def resolve(self, number: int, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Find out what ``function`` is, and call it accordingly."""
         kind = type(function)
         if isinstance(function, torch.fx.Proxy):
@@ -279,7 +272,7 @@ class Scope:
             _quantized_modules.add(kind)
             return self.meet(number, function)(*args, **kwargs)
         if kind is functools.partial:
-            return self.resolve(number, function.func, function.args + args, {**function.keywords, **kwargs})
+            return self.resolve(number, function.func, *function.args, *args, **{**function.keywords, **kwargs})
         if isinstance(function, type):
             args, kwargs = self._pass_functions(number, function, args, kwargs)
             return function(*args, **kwargs)
@@ -300,11 +293,11 @@ class Scope:
             return function(*args, **kwargs)
         kind = self.engine.kind(function)
         if kind == "helper":
-            return self._helper(number, function, function, args, kwargs, _FUNCTION)
+            return self._helper(number, function, function, args, kwargs, FUNCTION)
         if function is torch.backends.mha.get_fastpath_enabled:
             # A fast path computes whole layers in one operator: it must go once a quantizer below would be bypassed.
             enabled = function() and not self._active_below()
-            self.memo[number] = ((_CONSTANT, function, enabled, None),)
+            self.memo[number] = ((CONSTANT, function, enabled, None),)
             return enabled
         if kind == "operator":
             return self._operator(number, self.engine.table.find_callable(function), function, args, kwargs)
@@ -331,7 +324,7 @@ class Scope:
             return method(*args, **kwargs)
         if hasattr(me, "_ff_add_stub") and me is not self.owner:
             return self._foreign_method(number, method, args, kwargs)
-        how = _OWN_METHOD if me is self.owner else _METHOD
+        how = OWN_METHOD if me is self.owner else METHOD
         return self._helper(number, method, function, (me, *args), kwargs, how)
 
     def _foreign_method(self, number: int, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -343,7 +336,7 @@ class Scope:
         if unit is None:
             return method(*args, **kwargs)
         bound = self.engine.bind(function, MethodEntry(self.engine, function.__name__, unit, function))
-        self._remember(number, _METHOD, function, bound, None)
+        self._remember(number, METHOD, function, bound, None)
         return bound(method.__self__, *args, **kwargs)
 
     def _object(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -352,14 +345,14 @@ class Scope:
             return self._operator(number, found, function, args, kwargs)
         python = getattr(function, "_torchdynamo_inline", None)  # what a scripted function was made from
         if python is not None:
-            result = self.resolve(number, python, args, kwargs)
+            result = self.resolve(number, python, *args, **kwargs)
             for how, callee, what, child in self.memo.get(number, ()):
                 if callee is python:  # a compiler cannot compare scripted functions
                     self._remember(number, how, None, what, child)
             return result
         call = getattr(type(function), "__call__", None)  # noqa: B004 - the function itself is wanted
         if type(call) is types.FunctionType and self.engine.kind(call) == "helper":
-            return self._helper(number, function, call, (function, *args), kwargs, _OBJECT)
+            return self._helper(number, function, call, (function, *args), kwargs, OBJECT)
         return function(*args, **kwargs)
 
     def _helper(
@@ -367,15 +360,14 @@ class Scope:
     ) -> Any:
         child = self.child(number, function)
         if child is None:
-            arguments = args if how == _FUNCTION else args[1:]
+            arguments = args if how == FUNCTION else args[1:]
             return original(*arguments, **kwargs)
         bound = self._bound(function, child)
         if function in child.bound:
-            self._remember(number, how, type(original) if how == _OBJECT else function, bound, child)
-            if how == _METHOD:
-                self.direct[number] = function, bound, type(args[0])
-            elif how != _OBJECT:
+            self._remember(number, how, type(original) if how == OBJECT else function, bound, child)
+            if how != OBJECT:
                 self.direct[number] = function, bound
+                self.receivers[number] = type(args[0]) if how == METHOD else None
         return bound(*args, **kwargs)
 
     def _bound(self, function: types.FunctionType, child: "Scope") -> Any:
@@ -448,54 +440,19 @@ class Scope:
         index = self.unit.call_sites[number]
         callee = None if is_made_anew(function) else function  # it would keep the tensor, and match nothing
         if index is not None:
-            self._remember(number, _STATIC, callee, index, None)
+            self._remember(number, STATIC, callee, index, None)
             if callee is not None:
-                self.direct[number] = callee, functools.partial(self.op, index, callee)
-            return self.op(index, function, *args, **kwargs)
+                is_stub = self.plan[index] is None
+                self.direct[number] = callee, callee if is_stub else functools.partial(self.op, index, callee)
+            return self.q(index, function(*args, **kwargs))
         key = number, found.identifier, receiver_of(function) is not None
         dynamic = self.dynamic.get(key)
         if dynamic is None:
             dynamic = self.dynamic[key] = DynamicOperator(self, number, found, is_method=key[-1])
-        self._remember(number, _DYNAMIC, callee, dynamic, None)
+        self._remember(number, DYNAMIC, callee, dynamic, None)
         if callee is not None:
-            self.direct[number] = callee, dynamic.calling(callee)
-        return dynamic(function, args, kwargs)
-
-    def call_compiled(self, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As ``call``, by what eager execution found: a compiler can only compare callables."""
-        known = self.memo.get(number, ())
-        for how, callee, what, _ in known:
-            if how == _CONSTANT:
-                return what
-            if how == _METHOD:
-                if len(known) == 1 or _is_method(function, callee):
-                    return what(function.__self__, *args, **kwargs)
-            elif how == _OWN_METHOD:  # compilers take `super().name` for no method
-                if len(known) == 1 or _is_method(function, callee):
-                    return what(self.owner, *args, **kwargs)
-            elif how == _OBJECT:
-                if type(function) is callee:
-                    return what(function, *args, **kwargs)
-            elif function is callee:
-                if how in (_STATIC, _DYNAMIC):
-                    return self._operator_again(how, what, function, args, kwargs)
-                return what(*args, **kwargs)
-        for how, callee, what, _ in known:
-            if callee is None and how == _FUNCTION:
-                return what(*args, **kwargs)
-            if callee is None:
-                return self._operator_again(how, what, function, args, kwargs)
-        if self._is_pending() or any(
-            child is not None and child.is_active() and child.unit.original.co_name == getattr(function, "__name__", "")
-            for *_, child in known
-        ):
-            where = f"{self.unit.original.co_filename}:{self.unit.call_lines[number]}"
-            msg = f"{where} calls what no eager run of the model called: run the model once before compiling it"
-            raise QuantizationError(msg)
-        return function(*args, **kwargs)
-
-    def _operator_again(self, how: int, what: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.op(what, function, *args, **kwargs) if how == _STATIC else what(function, args, kwargs)
+            self.direct[number] = callee, dynamic.calling(callee) if dynamic.active else callee
+        return dynamic.call(function, *args, **kwargs)
 
     def is_active(self) -> bool:
         """Whether a quantizer acts in the function or in what it calls."""
@@ -505,14 +462,9 @@ class Scope:
             return True
         return any(child.is_active() for child in self.children.values() if child.parent is self)
 
-    def _is_pending(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether a loaded state holds quantizers for sites that no run has shown yet."""
         return self.owner is not None and len(self.owner.__dict__.get("_ff_pending", ())) > 0
-
-
-def _is_method(function: Any, callee: Any) -> bool:
-    """Whether ``function`` is the method ``callee`` of some instance, to a compiler; older ones cannot tell."""
-    return isinstance(function, types.MethodType) and function.__func__ is callee
 
 
 class MethodEntry:
@@ -523,19 +475,24 @@ class MethodEntry:
     def __init__(self, engine: "Engine", name: str, unit: "Unit", function: types.FunctionType) -> None:
         self.engine, self.name, self.unit, self.function = engine, name, unit, function
 
-    def enter(self, me: Any = None, *_: Any) -> Scope:
+    def enter(self, me: Any = None, *_: Any) -> Scope | CompiledScope:
         """The scope of method ``name`` for the instance ``me``."""
-        state = getattr(me, "__dict__", _NOTHING)
-        scopes = state.get(SCOPES)
-        if scopes is None:
-            return self._begin(me, FIRST)
-        if SEVERAL in state and self.name == "forward":
-            index = taken(me)
-            if index != FIRST:
-                scope: Scope | None = scopes.get((self.name, index))
-                return self._begin(me, index) if scope is None else scope
-        scope = scopes.get(self.name)
-        return self._begin(me, FIRST) if scope is None else scope
+        try:
+            state = me.__dict__
+            scope: Scope = state[SCOPES][self.name]
+        except (AttributeError, KeyError):
+            scope = self._begin(me, FIRST)
+        else:
+            if SEVERAL in state and self.name == "forward":
+                scope = self._on_path(me, scope)
+        return scope.compiled if is_dynamo_compiling() else scope
+
+    def _on_path(self, me: Any, first: Scope) -> Scope:
+        index = taken(me)
+        if index == FIRST:
+            return first
+        scope: Scope | None = me.__dict__[SCOPES].get((self.name, index))
+        return self._begin(me, index) if scope is None else scope
 
     def _begin(self, me: Any, index: int) -> Scope:
         scope = self.create(me, index)
@@ -564,34 +521,3 @@ def _submodule(owner: Any, names: tuple[str, ...]) -> Any:
     for name in names:
         owner = None if owner is None else owner._modules.get(name)
     return owner
-
-
-def _binary(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
-    def binary(self: Scope, index: int, left: Any, right: Any) -> Any:
-        quantizer = self.plan[index]
-        if quantizer is None:
-            return function(left, right)
-        return apply(quantizer, function(left, right))
-
-    return binary
-
-
-def _unary(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
-    def unary(self: Scope, index: int, operand: Any) -> Any:
-        quantizer = self.plan[index]
-        if quantizer is None:
-            return function(operand)
-        return apply(quantizer, function(operand))
-
-    return unary
-
-
-_BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"]
-for _name in [*_BINARY, *(f"i{name.rstrip('_')}" for name in _BINARY)]:
-    setattr(Scope, _name, _binary(_name))
-for _name in ("neg", "pos", "invert"):
-    setattr(Scope, _name, _unary(_name))

@@ -171,6 +171,14 @@ def test_a_compiled_model_calls_what_it_is_given_not_what_stood_there_before(liv
         assert live != torch.equal(model(x, places), Callables()(x, places))
 
 
+def test_what_goes_on_by_itself_after_a_graph_break_looks_for_callees_again() -> None:
+    model = ff.quantize_model(Callables())
+    scope = model.__dict__["_ff_scopes"]["forward"]
+    met = scaled_by(2)
+    scope.compiled.callee(0, met)(torch.ones(2))
+    assert [callee for _, callee, *_ in scope.memo[0]] == [met]
+
+
 class Scaled(ff.nn.Quantizer):
     def simulate(self, x: torch.Tensor) -> torch.Tensor:
         return x * 1.01

@@ -72,6 +72,15 @@ def _float(name: str) -> tuple[Any, Any, Any]:
     return observe(module, model, _arguments()), module, model
 
 
+@pytest.mark.parametrize("name", ["traceback in a helper", "traceback of calls over several lines"])
+def test_nothing_of_ours_stands_in_a_traceback_between_the_users_functions(name: str) -> None:
+    model = ff.quantize_model(load(PROGRAMS[name]).Net())
+    for _ in range(2):  # the first call looks for what is called
+        with pytest.raises(RuntimeError) as raised:
+            model(*_arguments())
+    assert not [entry.path for entry in raised.traceback if "/fastforward/" in str(entry.path)]
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_companion_looks_like_the_class(name: str) -> None:
     module = load(PROGRAMS[name])

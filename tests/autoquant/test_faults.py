@@ -71,8 +71,8 @@ def _emptied(field: str) -> Callable[[Any], Any]:
 
 
 def _operands_swapped(node: Any) -> Any:
-    if isinstance(node, ast.Call) and len(node.args) == 3:
-        node.args[1], node.args[2] = node.args[2], node.args[1]
+    sides = node.args[1] if isinstance(node, ast.Call) else node
+    sides.left, sides.right = sides.right, sides.left
     return node
 
 
@@ -93,19 +93,13 @@ def _right_to_left(node: ast.Compare) -> ast.AST:
     return ast.BoolOp(ast.And(), list(pairs))
 
 
-def _twice(patch: Patch) -> None:
-    original = rewrite._wrap_call
-
-    def wrap(node: ast.Call, method: str, number: int) -> ast.expr:
-        call = original(node, method, number)
-        both = ast.Subscript(ast.Tuple([call, call], ast.Load()), ast.Constant(1), ast.Load())
-        return ast.fix_missing_locations(ast.copy_location(both, node))
-
-    patch.setattr(rewrite, "_wrap_call", wrap)
+def _twice(node: ast.expr) -> ast.expr:
+    return ast.Subscript(ast.Tuple([node, node], ast.Load()), ast.Constant(1), ast.Load())
 
 
-def _target_twice(patch: Patch) -> None:
-    patch.setattr(rewrite, "_kept", lambda expression, name: (expression, expression))
+def _anew(node: ast.AugAssign) -> ast.Assign:
+    load = ast.parse(ast.unparse(node.target), mode="eval").body
+    return ast.Assign([node.target], ast.BinOp(load, node.op, node.value))
 
 
 def _rebound_before(patch: Patch) -> None:
@@ -116,39 +110,37 @@ def _rebound_before(patch: Patch) -> None:
     patch.setattr(Rewriter, "statements", statements)
 
 
-def _all_on_the_first_line(patch: Patch) -> None:
-    def at(place: ast.AST, node: Any) -> Any:
-        node.lineno = node.end_lineno = 1
-        node.col_offset = node.end_col_offset = 0
-        return node
-
-    patch.setattr(rewrite, "_at", at)
-
-
-def _augmented_makes_anew(patch: Patch) -> None:
-    patch.setattr(Scope, "iadd", Scope.add)  # type: ignore[attr-defined]
+def _on_the_first_line(node: ast.AST) -> ast.AST:
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.expr):
+            inner.lineno = inner.end_lineno = 1
+            inner.col_offset = inner.end_col_offset = 0
+    return node
 
 
 def _swallowing(patch: Patch) -> None:
-    original = Scope.call
+    original = Scope.callee
 
-    def call(self: Scope, number: int, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(self, number, function, *args, **kwargs)
-        except RuntimeError:
-            return None
+    def callee(self: Scope, number: int, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(self, number, function)(*args, **kwargs)
+            except RuntimeError:
+                return None
 
-    patch.setattr(Scope, "call", call)
+        return call
+
+    patch.setattr(Scope, "callee", callee)
 
 
 def _drawing(patch: Patch) -> None:
-    original = Scope.op
+    original = Scope.q
 
-    def op(self: Scope, index: int, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def q(self: Scope, index: int, value: Any) -> Any:
         torch.rand(1)
-        return original(self, index, function, *args, **kwargs)
+        return original(self, index, value)
 
-    patch.setattr(Scope, "op", op)
+    patch.setattr(Scope, "q", q)
 
 
 def _undecorated(patch: Patch) -> None:
@@ -161,7 +153,7 @@ def _undecorated(patch: Patch) -> None:
 
 
 def _tensors_only(patch: Patch) -> None:
-    patch.setattr(Scope, "add", lambda self, index, left, right: torch.add(left, right))
+    patch.setattr(Scope, "q", lambda self, index, value: torch.as_tensor(value))
 
 
 def _nothing_hidden(patch: Patch) -> None:
@@ -181,15 +173,23 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], str, Any]] = {
         "helpers that change their argument",
         copying,
     ),
-    "an augmented assignment makes a new object": (_augmented_makes_anew, "augmented keeps the object", None),
+    "an augmented assignment makes a new object": (
+        _visitor("AugAssign", _anew),
+        "augmented keeps the object",
+        None,
+    ),
     "super() and closures see other cells": (_bind_changed(_with_closure_of_nones), "super", None),
     "defaults are lost": (_bind_changed(_without_defaults), "helper called twice", None),
     "keyword-only defaults are lost": (_bind_changed(_without_keyword_defaults), "forward with keyword only", None),
     "operands are evaluated in another order": (_visitor("BinOp", _operands_swapped), "order of operands", None),
-    "calls are evaluated twice": (_twice, "order of call arguments", None),
-    "the target of an augmented assignment is evaluated twice": (_target_twice, "augmented subscript of a call", None),
+    "calls are evaluated twice": (_visitor("Call", _twice), "order of call arguments", None),
+    "the target of an augmented assignment is evaluated twice": (
+        _visitor("AugAssign", _anew),
+        "augmented subscript of a call",
+        None,
+    ),
     "a name is rebound before it is bound": (_rebound_before, "unpack", None),
-    "lines are lost": (_all_on_the_first_line, "traceback in a helper", None),
+    "lines are lost": (_visitor("Call", _on_the_first_line), "traceback in a helper", None),
     "exceptions are swallowed": (_swallowing, "traceback in a helper", None),
     "a random number is drawn": (_drawing, "dropout", None),
     "decorators are skipped": (_undecorated, "no_grad helper", None),

@@ -43,7 +43,7 @@ CASES = {
             _ff = _ff.enter(x)
             x = _ff.q(0, x)
             w = _ff.q(1, w)
-            return _ff.op(2, F.linear, x, w)
+            return _ff.q(2, F.linear(x, w))
         """,
         ["quantizer_x", "quantizer_w", "quantizer_linear"],
     ),
@@ -56,7 +56,7 @@ CASES = {
         def f(self, x, *, _ff):
             _ff = _ff.enter(self)
             x = _ff.q(0, x)
-            return _ff.op(1, F.linear, x, _ff.q(2, self.weight), bias=_ff.q(3, self.bias))
+            return _ff.q(1, F.linear(x, _ff.q(2, self.weight), bias=_ff.q(3, self.bias)))
         """,
         ["quantizer_x", "quantizer_linear", "quantizer_self_weight", "quantizer_self_bias"],
     ),
@@ -70,8 +70,8 @@ CASES = {
         def f(x, *, _ff):
             _ff = _ff.enter(x)
             x = _ff.q(0, x)
-            y = _ff.op(1, torch.relu, x)
-            return _ff.op(2, torch.matmul, y, y)
+            y = _ff.q(1, torch.relu(x))
+            return _ff.q(2, torch.matmul(y, y))
         """,
         ["quantizer_x", "quantizer_relu", "quantizer_matmul"],
     ),
@@ -85,7 +85,7 @@ CASES = {
             _ff = _ff.enter(q)
             q = _ff.q(0, q)
             k = _ff.q(1, k)
-            return _ff.matmul(2, q, k.transpose(-2, -1))
+            return _ff.q(2, q @ k.transpose(-2, -1))
         """,
         ["quantizer_q", "quantizer_k", "quantizer_matmul"],
     ),
@@ -98,7 +98,7 @@ CASES = {
         def f(self, x, *, _ff):
             _ff = _ff.enter(self)
             x = _ff.q(0, x)
-            return _ff.matmul(1, x, _ff.q(2, self.weight).t())
+            return _ff.q(1, x @ _ff.q(2, self.weight).t())
         """,
         ["quantizer_x", "quantizer_matmul", "quantizer_self_weight"],
     ),
@@ -111,8 +111,8 @@ CASES = {
         """
         def f(self, x, *, _ff):
             _ff = _ff.enter(self)
-            y = _ff.q(0, _ff.call(0, self.layer, x))
-            return _ff.op(1, torch.exp, y)
+            y = _ff.q(0, _ff.callee(0, self.layer)(x))
+            return _ff.q(1, torch.exp(y))
         """,
         ["quantizer_y", "quantizer_exp"],
     ),
@@ -128,15 +128,15 @@ CASES = {
         """
         def f(self, xs, *, _ff):
             _ff = _ff.enter(self)
-            (a, b) = _ff.call(0, self.split, xs)
+            (a, b) = _ff.callee(0, self.split)(xs)
             a = _ff.q(0, a)
             b = _ff.q(1, b)
             for x in xs:
                 x = _ff.q(2, x)
-                a = _ff.add(3, a, x)
-            with _ff.call(1, self.open) as c:
+                a = _ff.q(3, a + x)
+            with _ff.callee(1, self.open)() as c:
                 c = _ff.q(4, c)
-                return _ff.mul(6, _ff.mul(5, a, b), c)
+                return _ff.q(6, _ff.q(5, a * b) * c)
         """,
         None,
     ),
@@ -150,13 +150,13 @@ CASES = {
         """
         def f(x, y, *, _ff):
             _ff = _ff.enter(x)
-            x = _ff.iadd(-1, x, _ff.q(0, y))
+            x += _ff.q(0, y)
             x[0] = 1
-            return _ff.op(1, torch.exp, _ff.q(2, x))
+            return _ff.q(1, torch.exp(_ff.q(2, x)))
         """,
         ["quantizer_y", "quantizer_exp", "quantizer_x"],
     ),
-    "augmented assignment evaluates its target once": (
+    "augmented assignment stays as it is": (
         """
         def f(self, k, y):
             self.pick(k)[k()] += y
@@ -165,7 +165,7 @@ CASES = {
         def f(self, k, y, *, _ff):
             _ff = _ff.enter(self)
             y = _ff.q(0, y)
-            _ff_base[_ff_key] = _ff.iadd(-1, (_ff_base := _ff.call(0, self.pick, k))[(_ff_key := _ff.call(1, k))], y)
+            _ff.callee(0, self.pick)(k)[_ff.callee(1, k)()] += y
         """,
         ["quantizer_y"],
     ),
@@ -179,9 +179,9 @@ CASES = {
         """
         def f(self, x, *, _ff):
             _ff = _ff.enter(self)
-            x = _ff.call(0, self.first, x)
-            x = _ff.q(0, _ff.call(1, self.second, x))
-            return _ff.op(1, torch.exp, x)
+            x = _ff.callee(0, self.first)(x)
+            x = _ff.q(0, _ff.callee(1, self.second)(x))
+            return _ff.q(1, torch.exp(x))
         """,
         ["quantizer_x", "quantizer_exp"],
     ),
@@ -209,7 +209,7 @@ CASES = {
         """
         def f(x, *, _ff):
             _ff = _ff.enter(x)
-            return (_ff.call(0, helper, x), _ff.visible(1, locals()))
+            return (_ff.callee(0, helper)(x), _ff.visible(1, locals()))
         """,
         [],
     ),
@@ -224,10 +224,35 @@ CASES = {
             _ff = _ff.enter(x)
             x = _ff.q(0, x)
             y = _ff.q(1, y)
-            x = _ff.add(2, x, y)
-            return _ff.add(3, x, y)
+            x = _ff.q(2, x + y)
+            return _ff.q(3, x + y)
         """,
         ["quantizer_x", "quantizer_y", "quantizer_add_1", "quantizer_add_2"],
+    ),
+    "an operator without a quantizer for its result stays as it is": (
+        """
+        def f(x, y):
+            return x == y
+        """,
+        """
+        def f(x, y, *, _ff):
+            _ff = _ff.enter(x)
+            return x == y
+        """,
+        [],
+    ),
+    "a function without positional arguments enters its scope too": (
+        """
+        def f(*, x):
+            return torch.exp(x)
+        """,
+        """
+        def f(*, x, _ff):
+            _ff = _ff.enter()
+            x = _ff.q(0, x)
+            return _ff.q(1, torch.exp(x))
+        """,
+        None,
     ),
     "a docstring stays first": (
         '''
@@ -240,7 +265,7 @@ CASES = {
             """Doc."""
             _ff = _ff.enter(x)
             x = _ff.q(0, x)
-            return _ff.op(1, torch.exp, x)
+            return _ff.q(1, torch.exp(x))
         ''',
         None,
     ),
