@@ -146,3 +146,10 @@ def test_everything_works_with_triton_blocked():
 def test_other_devices_get_the_reference():
     y = ffk.fake_quantize(X.to("meta"), SCALE.to("meta"), ZERO.to("meta"), -8, 7)
     assert y.is_meta and y.shape == X.shape
+
+
+def test_operators_are_defined_when_the_first_is_used():
+    program = (
+        "import sys, fastforward_kernels as ffk; print('ops' in vars(ffk), callable(ffk.quantize), 'ops' in vars(ffk))"
+    )
+    assert run_python(program) == "False True True"

@@ -4,7 +4,7 @@ import fastforward_kernels as ffk
 import pytest
 import torch
 from fastforward_kernels import reference
-from fastforward_kernels.clip_search import squared_error
+from fastforward_kernels.clipping import squared_error
 
 
 def data(*shape):

@@ -1,6 +1,8 @@
 """quantize_model, dequantize_model, quantized: what they change, what they refuse, and what they leave alone."""
 
 import functools
+import subprocess
+import sys
 import types
 import warnings
 
@@ -250,3 +252,17 @@ def test_no_fast_path_is_left_once_a_quantizer_is_attached() -> None:
         quantizer.quantization_range = (-1.0, 1.0)
         layer.linear1.weight_quantizer = quantizer
         assert not torch.equal(layer(x), expected)
+
+
+def test_a_compiler_may_be_the_first_to_use_an_operator() -> None:
+    code = (
+        "import sys, torch, fastforward as ff\n"
+        "model = ff.quantize_model(torch.nn.Linear(4, 4))\n"
+        "model.input_quantizer = quantizer = ff.nn.LinearQuantizer(num_bits=8)\n"
+        "quantizer.quantization_range = (-1.0, 1.0)\n"
+        "assert 'fastforward_kernels.ops' not in sys.modules\n"
+        "x = torch.randn(2, 4)\n"
+        "y = torch.compile(model, fullgraph=True, backend='eager')(x)\n"
+        "assert torch.equal(y, model(x)) and 'fastforward_kernels.ops' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
