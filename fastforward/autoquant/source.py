@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from fastforward.exceptions import SourceMismatchError
 
 FunctionNode: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+_LEAVES = (ast.expr_context, ast.operator, ast.boolop, ast.unaryop, ast.cmpop, ast.Name, ast.Constant)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _FUTURES = {name: getattr(__future__, name).compiler_flag for name in __future__.all_feature_names}
 
@@ -145,7 +146,7 @@ def _index(node: ast.AST, chain: tuple[ast.AST, ...], file: SourceFile) -> None:
                 key = first_line(child), getattr(child, "name", "<lambda>")
                 file.index[key].append(Candidate(child, chain))
             _index(child, (*chain, child), file)
-        elif not isinstance(child, (ast.expr_context, ast.operator)):
+        elif not isinstance(child, _LEAVES):
             _index(child, chain, file)
 
 
