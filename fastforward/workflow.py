@@ -94,8 +94,8 @@ def quantize(
             batches = Batches(data)
             _add_stubs(inner, operator_table, replacement_patterns, undo)
             with in_eval_mode(inner), eager():
-                flow = _Calibration(inner, batches, chosen, observer, progress, undo, operator_table).run()
-                never = unreached(inner, flow)
+                calibration = _Calibration(inner, batches, chosen, observer, progress, undo, operator_table)
+                never = (*unreached(inner, calibration.run()), *calibration.unseen)
                 if convert:
                     require_others()  # integers are there to stay
                     _convert(inner, batches)
@@ -120,6 +120,7 @@ class _Calibration:
     progress: bool
     undo: Undo
     table: Any
+    unseen: tuple[str, ...] = ()
 
     def run(self) -> Flow:
         """All steps from the recorded run to the last correction; returns that run."""
@@ -137,6 +138,7 @@ class _Calibration:
                 flow, samples = self._record()
         self._observe(flow, samples, smoothing)
         share_unreached(self.model, lambda path: flow.reached.isdisjoint(path))
+        self._give_up_unseen()
         if {"round_weights", "correct_bias"} & set(self.scheme.steps):
             calibration_steps.refine_linears(self.model, flow, samples, self.scheme.steps, self.undo)
         if "correct_bias" in self.scheme.steps:
@@ -200,6 +202,19 @@ class _Calibration:
         factory = automatic(flow, samples, smoothing) if automatically else observer_factory(wanted, (), {})
         with estimate_ranges(self.model, factory, missing="ignore"):
             self.batches.run(self.model, "calibrating", progress=self.progress)
+
+    def _give_up_unseen(self) -> None:
+        """Take back quantizers of what the recorded run reached and the observed one did not.
+
+        Quantizers that need no range are at work while others observe, and a router may send its tokens elsewhere then.
+        """
+        sites = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, Quantizer) and not module.is_stub() and not module.is_calibrated
+        ]
+        _back_to_stubs(self.model, sites)
+        self.unseen = tuple(dict.fromkeys(site.rpartition(".")[0] or "the model" for site in sites))
 
 
 def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:

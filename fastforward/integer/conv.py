@@ -55,7 +55,6 @@ class IntegerConv(MeasuredLayer):
     _dilations: list[int]
     _dimensions: int
     _on_cpu: bool
-    _memory: torch.memory_format
     _conv_forward: Any
     _zero_points: torch.Tensor
     _columns: torch.Tensor | None
@@ -78,10 +77,14 @@ class IntegerConv(MeasuredLayer):
         self._strides, self._paddings, self._dilations = list(self.stride), self._padding_sizes(), list(self.dilation)
         self._pointwise = self.groups == 1 and self.weight_int8[0, 0].numel() == 1 and not any(self._paddings)
         self._dimensions, self._on_cpu = self.weight_int8.dim(), self.weight_int8.device.type == "cpu"
-        self._memory = _MEMORY.get(self._dimensions, torch.contiguous_format)
         self._zero_points = onednn._zeros(self.out_channels)
         self.record.kernel = "onednn"
         self._pack_ahead()
+
+    @property
+    def _memory(self) -> torch.memory_format:
+        """How the kernel wants its operands; not an attribute, because ``torch.save`` cannot write one."""
+        return _MEMORY.get(self._dimensions, torch.contiguous_format)
 
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)

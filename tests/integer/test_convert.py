@@ -212,3 +212,13 @@ def test_an_integer_model_does_not_go_back_to_float() -> None:
     with pytest.raises(QuantizationError, match="3 layers hold integers \\(embed, up, down\\)"):
         ff.dequantize_model(model)
     assert torch.equal(outputs(model, tokens), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+def test_converted_convolutions_can_be_saved_whole(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    layers = kind(4, 8, 3, padding=1), nn.ReLU(), kind(8, 4, 3)
+    example = torch.randn(2, 4, *[6] * (layers[0].weight.dim() - 2))
+    model = ff.convert(ff.quantize(nn.Sequential(*layers), [example], progress=False))
+    expected = outputs(model, example, runs=3)
+    assert torch.equal(outputs(_pickled(model), example), expected)

@@ -156,6 +156,29 @@ def test_sites_never_reached_stay_stubs_and_are_reported() -> None:
     assert model(torch.full((1, 8), 1000.0)).shape == (1, 4), "the other branch runs in float"
 
 
+class Routing(nn.Module):
+    """Sends its input to one of two layers by a value that quantization rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.even, self.odd = nn.Linear(8, 1, bias=False), nn.Linear(8, 4), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.router.weight.copy_(torch.tensor([1.0, -1.0, *[0.0] * 6]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        exact = float(self.router(x).detach().abs().max()) > 0
+        return self.odd(x) if exact else self.even(x)
+
+
+def test_what_only_float_reaches_is_left_float_and_reported() -> None:
+    """The router's two inputs become equal when they are rounded to 8 bits."""
+    data, model = torch.tensor([[1.0, 1.001, *[0.0] * 6]]), Routing()
+    with pytest.warns(ff.QuantizationWarning, match="never reached"):
+        ff.quantize(model, [data], scheme="w8a8_dynamic", progress=False)
+    assert all(quantizer.is_calibrated for _, quantizer in model.named_quantizers())
+    assert model(data).shape == model(data * 100).shape == (1, 4)
+
+
 class Borrowing(nn.Module):
     """Multiplies with the parameters of a layer that it never calls."""
 
