@@ -24,7 +24,7 @@ class Rounding:
 
     quantizer: LinearQuantizer
     grid: Grid
-    version: int
+    version: int | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Round ``x`` to the quantizer's grid."""
@@ -40,7 +40,12 @@ class Rounding:
 
     def _stale(self) -> bool:
         """Whether the quantizer has got another range since."""
+        if self.version is None and grid_of(self.quantizer).key() == self.grid.key():
+            self.version = self.quantizer.scale._version
         return self.quantizer.scale._version != self.version
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "version": None}  # a copy's scale counts its changes anew
 
 
 def speed_up(quantizer: Quantizer) -> None:

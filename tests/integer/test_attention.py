@@ -1,6 +1,8 @@
 """Attention behind integer layers: one product for query, key and value, every form of the operator."""
 
 import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,21 @@ def test_a_loaded_model_converted_before_its_first_run_merges_too(tmp_path: Path
     with torch.no_grad():
         assert torch.equal(model(x), fresh(x))
     assert fresh.q.record.fused == ("merged",)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_takes_codes_too_until_its_ranges_change(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(10)
+    x = torch.randn(2, ROWS, WIDTH)
+    model, _ = _converted(Attention(), x)
+    with torch.no_grad():
+        expected = model(x) + 0
+        copied, changed = duplicate(model), duplicate(model)
+        assert torch.equal(copied(x), expected)
+        assert copied.q.record.fused == ("merged",)
+        for _, quantizer in changed.named_quantizers():
+            quantizer.scale.mul_(2)
+        assert _sqnr(expected, changed(x)) < 45
 
 
 def test_merged_codes_are_those_of_each_layer() -> None:
