@@ -19,7 +19,7 @@ from fastforward.nn.quantizer import Quantizer
 
 
 @dataclasses.dataclass(eq=False)
-class Rounding:
+class IslandRounding:
     """Stands in for a quantizer's ``simulate`` after conversion; bit-equal to it."""
 
     quantizer: LinearQuantizer
@@ -57,5 +57,5 @@ def speed_up(quantizer: Quantizer) -> None:
     except UnsupportedOperatorError:
         return
     if grid.highest == 255 and not quantizer.scale.is_inference():
-        rounding: Any = Rounding(quantizer, grid, quantizer.scale._version)
+        rounding: Any = IslandRounding(quantizer, grid, quantizer.scale._version)
         object.__setattr__(quantizer, "simulate", rounding)

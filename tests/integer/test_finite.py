@@ -7,7 +7,7 @@ import torch
 from calibrated import Net, activation_quantizer, close, outputs, simulated
 
 import fastforward as ff
-from fastforward.integer.islands import Rounding, speed_up
+from fastforward.integer.islands import IslandRounding, speed_up
 
 nn = torch.nn
 F = torch.nn.functional
@@ -73,7 +73,7 @@ def test_a_quantizer_outside_of_integer_layers_passes_nan_on() -> None:
     example = torch.randn(8, 32)
     model = simulated(Net(function, a=nn.Linear(32, 16), quantizer=activation_quantizer(-1.0, 1.0)), example)
     speed_up(model.quantizer)
-    assert isinstance(model.quantizer.__dict__["simulate"], Rounding)
+    assert isinstance(model.quantizer.__dict__["simulate"], IslandRounding)
     example[0, 0] = float("nan")
     y = outputs(model, example)
     assert y[0].isnan().all()
