@@ -64,7 +64,7 @@ def attend(operands: tuple[Deferred, Deferred, Deferred], scale: float, **others
     factor = scale * grids[0].scale * grids[1].scale
     pays = _pays(q, k, v, **others)
     if pays and multiplies_bfloat16():
-        return _by_batches((q, k, v), grids, factor, **others)
+        return _by_batches((q, k, v), grids, factor, others["attn_mask"], others["is_causal"])
     q, k, v = _centred((q, k, v), [grid.zero_point for grid in grids], torch.float32)
     if pays and grids[0].scores_fit and not others["is_causal"] and torch.backends.mkl.is_available():
         result = _by_blocks((q, k, v), factor, grids[2].scale, others["attn_mask"])
@@ -104,7 +104,6 @@ def _by_batches(
     factor: float,
     attn_mask: torch.Tensor | None,
     is_causal: bool,
-    enable_gqa: bool,
 ) -> torch.Tensor:
     """Attention in bfloat16, by as many batches at once as stay in a core's cache.
 
@@ -112,9 +111,8 @@ def _by_batches(
         codes: Query, key and value, uint8 ``[batch, heads, rows, width]``.
         grids: Their grids.
         factor: What scores are multiplied by.
-        attn_mask: As of ``torch.nn.functional.scaled_dot_product_attention``, like the others.
+        attn_mask: As of ``torch.nn.functional.scaled_dot_product_attention``.
         is_causal: Whether a row attends to the keys up to its own number only.
-        enable_gqa: Always false.
     """
     (batch, heads, rows, _), keys, width = codes[0].shape, codes[1].shape[2], codes[2].shape[3]
     mask = None if attn_mask is None else attn_mask.expand(batch, heads, rows, keys)

@@ -188,7 +188,7 @@ def test_bfloat16_rounds_probabilities_alone(name: str, together: int, monkeypat
     grids = [Grid(0.02, 131), Grid(0.03, 90), Grid(0.5, 7)]
     floats = [grid.values(x) for grid, x in zip(grids, (q, k, v), strict=True)]
     expected = F.scaled_dot_product_attention(*floats, attn_mask=MASKS[name], scale=0.4)
-    y = attention._by_batches((q, k, v), grids, 0.4 * 0.02 * 0.03, MASKS[name], is_causal=False, enable_gqa=False)
+    y = attention._by_batches((q, k, v), grids, 0.4 * 0.02 * 0.03, MASKS[name], is_causal=False)
     assert (y - expected).abs().max() < 2**-7 * expected.abs().max()
     assert y.stride() == expected.stride()
 

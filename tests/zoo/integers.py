@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import fastforward as ff
+from fastforward.diagnostics.metrics import decibels
 from tests.zoo.compiled import quickly_quantized
 from tests.zoo.entry import Entry
 from tests.zoo.stubs import run
@@ -78,5 +79,4 @@ def _sqnr(signal: torch.Tensor, value: torch.Tensor) -> float:
     keep = torch.isfinite(signal)
     if not torch.equal(keep, torch.isfinite(value)):
         return float("-inf")
-    noise = (signal - value)[keep].square().sum()
-    return float(10 * torch.log10(signal[keep].square().sum() / noise)) if noise > 0 else float("inf")
+    return decibels(float(signal[keep].square().sum()), float((signal - value)[keep].square().sum()))

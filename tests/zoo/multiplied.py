@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import fastforward as ff
+from fastforward.diagnostics.metrics import decibels
 from fastforward.nn.quantizer import Quantizer, recording
 from tests.zoo.entry import Entry, Inputs
 from tests.zoo.open_functionals import open_functionals
@@ -188,6 +189,4 @@ def _sqnr(expected: Any, actual: Any) -> float:
     ]
     signal = sum(float(a.double().nan_to_num(posinf=0, neginf=0).square().sum()) for a, _ in pairs)
     noise = sum(float((a.double() - b.double()).nan_to_num(posinf=0, neginf=0).square().sum()) for a, b in pairs)
-    if noise == 0:
-        return float("inf")
-    return 10 * float(torch.tensor(signal / noise).log10())
+    return decibels(signal, noise)
