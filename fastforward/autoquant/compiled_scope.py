@@ -103,6 +103,27 @@ class CompiledScope(Sites):
             raise QuantizationError(msg)
 
 
+class QuietScope(CompiledScope):
+    """``scope`` for compilers while no quantizer acts in it, nor in what it calls: its type is all they look at.
+
+    What they read in tracing they check again before every call of the program.
+    """
+
+    __slots__ = ()
+
+    def q(self, index: int, value: Any) -> Any:
+        """The value as it is."""
+        return value
+
+    def op(self, index: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """What the operator gives."""
+        return function(*args, **kwargs)
+
+    def callee(self, number: int, function: Any) -> Any:
+        """The function as it is written: rewritten, it would do the same."""
+        return function if is_dynamo_compiling() else self.scope.callee(number, function)
+
+
 def _given(value: Any) -> Any:
     return value
 

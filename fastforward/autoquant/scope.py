@@ -26,6 +26,7 @@ from fastforward.autoquant.compiled_scope import (
     STATIC,
     CompiledScope,
     Known,
+    QuietScope,
     Sites,
 )
 from fastforward.autoquant.dynamic import DynamicOperator, is_made_anew, method_name, receiver_of
@@ -57,6 +58,9 @@ class Scope(Sites):
         label: Where in the owner's ``forward`` the function runs; ``None`` in methods that others call directly.
         caller: The scope that the owner is called from on this path, of a root on another than the first.
         met: The modules that it called, by call site and ``id``, as they are called from there.
+        compiled: The form that compilers trace.
+        has_foreign_calls: Whether a call depends on more than the owner's quantizers: it announces a call path, or it
+            runs a method of another module.
     """
 
     __slots__ = (
@@ -68,6 +72,7 @@ class Scope(Sites):
         "direct",
         "dynamic",
         "engine",
+        "has_foreign_calls",
         "index",
         "label",
         "memo",
@@ -110,6 +115,7 @@ class Scope(Sites):
         self.names: tuple[str, ...] = ()
         self.plan = [None] * len(unit.sites)
         self.compiled = CompiledScope(self)
+        self.has_foreign_calls = False
         if owner is not None and self.is_wrapper:
             # What is wrapped has the same names, and the first claim to them: text has them for it alone.
             self._known_children(function)
@@ -117,6 +123,7 @@ class Scope(Sites):
         elif owner is not None:
             self._own_stubs(owner)
             self._known_children(function)
+        self._settle()
 
     @property
     def is_wrapper(self) -> bool:
@@ -154,6 +161,42 @@ class Scope(Sites):
         for child in self.children.values():
             if child.parent is self:
                 child.refresh()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Choose the form that compilers trace."""
+        kind = QuietScope if self._is_quiet() else CompiledScope
+        if type(self.compiled) is not kind:
+            self.compiled = kind(self)
+
+    def _is_quiet(self) -> bool:
+        """Whether the code that was rewritten, here and in what it calls, would do the same now."""
+        # Of the owner, not of this scope: a method that is called as it is written takes the scope of direct calls.
+        if self.owner is not None and not self.owner._float_only:
+            return False
+        if self._replaces_code or self.has_foreign_calls or self.is_pending():
+            return False
+        return all(child is self or self._is_quiet_below(child) for child in self.children.values())
+
+    def _is_quiet_below(self, child: "Scope") -> bool:
+        # Of recursion it is not known here what the functions above do beside.
+        return child.parent is self and type(child.compiled) is QuietScope
+
+    @property
+    def _replaces_code(self) -> bool:
+        return bool(self.unit.dispatch or self.engine.patterns)
+
+    def replaces_code(self) -> bool:
+        """Whether an operator of the user's table or a pattern stands in for code, here or in what is called."""
+        own = (child for child in self.children.values() if child.parent is self)
+        return self._replaces_code or any(child.replaces_code() for child in own)
+
+    def _settle_upwards(self) -> None:
+        """Choose it again, here and in the functions that lead here, after something was found at a call site."""
+        scope: Scope | None = self
+        while scope is not None:
+            scope._settle()
+            scope = scope.parent
 
     def _own_stubs(self, owner: Any) -> None:
         self.names = tuple(owner._ff_add_stub(self.stub_name(site), site, self.unit) for site in self.unit.sites)
@@ -298,6 +341,7 @@ class Scope(Sites):
             # A fast path computes whole layers in one operator: it must go once a quantizer below would be bypassed.
             enabled = function() and not self._active_below()
             self.memo[number] = ((CONSTANT, function, enabled, None),)
+            self._calls_foreign()
             return enabled
         if kind == "operator":
             return self._operator(number, self.engine.table.find_callable(function), function, args, kwargs)
@@ -384,6 +428,13 @@ class Scope(Sites):
             return
         if not any(other == callee and instead == what for _, other, instead, _ in known):
             self.memo[number] = (*known, (how, callee, what, child))
+            if how == MODULE or (how == METHOD and child is None):
+                self._calls_foreign()
+
+    def _calls_foreign(self) -> None:
+        """Note that something is called of which only an eager run knows how: by module, path or state of others."""
+        self.has_foreign_calls = True
+        self._settle_upwards()
 
     def child(self, number: int, function: Any) -> "Scope | None":
         """The scope for calling ``function`` at call site ``number``; ``None`` if it cannot be rewritten."""
@@ -403,6 +454,8 @@ class Scope(Sites):
             label = None if self.label is None else f"{self.label}/{number}{name}"
             scope = Scope(self.engine, unit, self.owner, self, callee, path, function, label=label, index=self.index)
         self.children[key] = scope
+        if scope is not self and not self._is_quiet_below(scope):
+            self._settle_upwards()
         return scope
 
     def _ancestor(self, unit: "Unit", name: str) -> "Scope | None":

@@ -293,6 +293,7 @@ def _postponing(owner: QuantizedModule, attribute: str, quantizer: Quantizer) ->
     def change() -> None:
         quantizer.to(_device_of(owner))
         owner.__dict__.setdefault(PENDING, {})[attribute] = quantizer
+        owner._quantizers_changed()
 
     return change
 
