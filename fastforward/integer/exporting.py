@@ -7,6 +7,7 @@ import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.nn.module import QuantizedModule
+from fastforward.nn.ways import off_way
 
 # Namespaces of operators that every torch brings along.
 _BUNDLED = frozenset({"aten", "prims", "onednn", "quantized", "quantized_decomposed", "higher_order", "_operator"})
@@ -40,15 +41,12 @@ def export(model: torch.nn.Module, inputs: Any, *, dynamic_shapes: Any = None) -
     args, kwargs = _arguments(inputs)
     training = [module for module in model.modules() if module.training]
     model.eval()
-    shortcut = model.__dict__.pop("forward", None)  # before torch 2.7 the exporter looks for the code of the outermost
     try:
-        with torch.no_grad():
+        with torch.no_grad(), off_way(model):  # before torch 2.7 the exporter looks for the code of the outermost
             if any(isinstance(module, QuantizedModule) for module in model.modules()):
                 model(*args, **kwargs)  # call sites learn what they reach; a tracer could not tell them
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     finally:
-        if shortcut is not None:
-            model.__dict__["forward"] = shortcut
         for module in training:
             module.training = True
     _require_bundled(program)

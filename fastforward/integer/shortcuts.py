@@ -5,7 +5,6 @@ remains of them once they are fused. In a ``torch.nn.Sequential`` nobody sees th
 follows it, so that none are made: the product itself goes from one to the next.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from fastforward.integer.deferred import Deferred, Product
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation
 from fastforward.integer.fusion import activate, fold_batch_norm
 from fastforward.integer.layer import IntegerLayer
+from fastforward.nn.ways import may_take_way, take_way, way_of
 
 nn = torch.nn
 Shortcut = Callable[[Any, Deferred], Any]
@@ -72,50 +72,69 @@ SHORTCUTS: dict[type[nn.Module], tuple[Shortcut, Follower]] = {
 }
 
 
+def _float_class(cls: Any) -> Any:
+    """The class that ``cls`` quantizes; of one that does not, itself."""
+    return getattr(cls, "float_class", getattr(cls, "_ff_before", cls))
+
+
 def take_shortcuts(model: nn.Module) -> None:
     """Let the modules of ``model`` that have a shortcut take it whenever they are handed a deferred result."""
     for module in model.modules():
-        kind = getattr(type(module), "float_class", type(module))
-        if kind in SHORTCUTS and "forward" not in module.__dict__:
-            module.__dict__["forward"] = functools.partial(_forward, module, kind)
+        if may_take_way(module) and _float_class(type(module)) in SHORTCUTS:
+            take_way(module, _with_shortcut)
 
 
-def _forward(module: Any, kind: type[nn.Module], input: Any) -> Any:
-    if type(input) is Deferred and getattr(module, "_float_only", True):
-        result = SHORTCUTS[kind][0](module, input)
-        if result is not NotImplemented:
-            return result
-    return type(module).forward(module, input)
+def _with_shortcut(cls: Any) -> Callable[..., Any]:
+    shortcut = SHORTCUTS[_float_class(cls)][0]
+
+    def forward(self: Any, input: Any) -> Any:
+        if type(input) is Deferred and getattr(self, "_float_only", True):
+            result = shortcut(self, input)
+            if result is not NotImplemented:
+                return result
+        return cls.forward(self, input)
+
+    return forward
 
 
 def join_sequences(model: nn.Module) -> None:
     """Let the sequences of ``model`` hand the products of their layers on without making tensors of them."""
     for module in model.modules():
-        kind = getattr(type(module), "float_class", type(module))
-        own = getattr(kind, "forward", None) is nn.Sequential.forward and "forward" not in module.__dict__
+        forward = getattr(_float_class(type(module)), "forward", None)
+        own = may_take_way(module) and forward is nn.Sequential.forward
         if own and any(isinstance(child, IntegerLayer) for child in module.children()):
-            module.__dict__["forward"] = functools.partial(_sequence, module)
+            take_way(module, _joined)
 
 
-def _sequence(module: Any, input: Any) -> Any:
-    """``torch.nn.Sequential.forward``."""
-    if torch.compiler.is_compiling() or _all_are_observed() or not getattr(module, "_float_only", True):
-        return type(module).forward(module, input)
-    value: Any = input
-    for child in module._modules.values():
-        result = NotImplemented if _is_observed(child) else _unseen(child, value)
-        value = child(_tensor(value)) if result is NotImplemented else result
-    return _tensor(value)
+def _joined(cls: Any) -> Callable[..., Any]:
+    """``torch.nn.Sequential.forward`` for products."""
+
+    def forward(self: Any, input: Any) -> Any:
+        if torch.compiler.is_compiling() or _all_are_observed() or not getattr(self, "_float_only", True):
+            return cls.forward(self, input)
+        value: Any = input
+        for child in self._modules.values():
+            result = NotImplemented if _is_observed(child) else _unseen(child, value)
+            value = child(_tensor(value)) if result is NotImplemented else result
+        return _tensor(value)
+
+    return forward
 
 
 def _unseen(module: Any, value: Any) -> Any:
     """What ``module`` makes of a tensor or product: either of them; NotImplemented if it is to be called."""
-    forward = module.__dict__.get("forward")
-    if forward is None and isinstance(module, IntegerLayer):
+    if "forward" in module.__dict__:
+        return NotImplemented
+    if isinstance(module, IntegerLayer):
         result = module.follow(value) if isinstance(value, Product) else module.begin(value)
         return NotImplemented if result is None else result
-    shortcut = getattr(forward, "func", None) is _forward and getattr(module, "_float_only", True)
-    return SHORTCUTS[forward.args[1]][1](module, value) if shortcut and isinstance(value, Product) else NotImplemented
+    if (
+        way_of(module) is not _with_shortcut
+        or not isinstance(value, Product)
+        or not getattr(module, "_float_only", True)
+    ):
+        return NotImplemented
+    return SHORTCUTS[_float_class(type(module))][1](module, value)
 
 
 def _tensor(value: Any) -> Any:

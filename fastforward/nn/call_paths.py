@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 IDENTITY: Final = "_ff_identity_key"
 PENDING: Final = "_ff_pending"
 """Where a module keeps quantizers that were loaded for sites which it will only find when it runs, by name."""
+ANNOUNCED: Final = "_ff_announced"
+"""Where a converted module keeps the modules that it calls on several call paths."""
 HERE: Final = "_ff_here"
 MOST: Final = 256
 """Call paths that a module may have: modules that call modules that call modules multiply."""

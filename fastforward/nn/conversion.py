@@ -12,10 +12,11 @@ from fastforward.autoquant.recompile import Engine
 from fastforward.autoquant.scope import CALLS, SCOPES, SEVERAL, Scope
 from fastforward.exceptions import AutoquantError, QuantizationError
 from fastforward.nn import layers  # noqa: F401  (registers the hand-written layers)
-from fastforward.nn.call_paths import HERE, IDENTITY, meet_modules
+from fastforward.nn.call_paths import ANNOUNCED, HERE, IDENTITY, meet_modules
 from fastforward.nn.module import QuantizedModule, quantized_module_map
 from fastforward.nn.quantizer import Quantizer
 from fastforward.nn.rewritten import ADDED, RewrittenModule, companion, has_forward, swap, warn_float
+from fastforward.nn.ways import class_before
 
 if TYPE_CHECKING:
     from fastforward.autoquant.patterns import PatternRule
@@ -25,7 +26,8 @@ SKIP_QUANTIZATION: Final = "skip"
 
 Target: TypeAlias = type[QuantizedModule] | None
 Skip: TypeAlias = Collection[Any] | Callable[[str, torch.nn.Module], bool] | None
-_OWN_STATE = ("_float_only", "_stubs_live", "_ff_sites", "_ff_forward", ADDED, SCOPES, CALLS, SEVERAL, IDENTITY, HERE)
+_FLAGS = ("_float_only", "_stubs_live", "_ff_sites", "_ff_forward")
+_OWN_STATE = (*_FLAGS, ADDED, SCOPES, CALLS, SEVERAL, IDENTITY, HERE, ANNOUNCED)
 
 
 def quantize_model(
@@ -226,7 +228,7 @@ def _skipped(path: str, module: torch.nn.Module, skip: Skip) -> bool:
 
 
 def _target(module: torch.nn.Module, engine: Engine, extra: Mapping[type[torch.nn.Module], Any]) -> Target:
-    cls = type(module)
+    cls = class_before(module)
     known = extra.get(cls) or quantized_module_map().get(cls)
     if known is not None:
         return None if known is SKIP_QUANTIZATION else known

@@ -12,6 +12,7 @@ from calibrated import Net, activation_quantizer, close, outputs, simulated
 import fastforward as ff
 from fastforward.integer.deferred import Deferred
 from fastforward.integer.rounding import Rounding
+from fastforward.nn.ways import way_of
 
 nn = torch.nn
 F = torch.nn.functional
@@ -392,7 +393,7 @@ class TestRewrittenModules:
         ff.quantize(model, [example], progress=False)
         ff.convert(model)
         first = model[0]
-        assert "forward" in first.__dict__
+        assert way_of(first)
         before = outputs(model, example)
         assert torch.equal(outputs(copy.deepcopy(model), example), before)
         stub = next(name for name, q in first.own_quantizers().items() if "activation/output" in q.quant_metadata)
@@ -413,7 +414,7 @@ class TestRewrittenModules:
         model, example = nn.Sequential(Block()), torch.randn(64, 16)
         ff.quantize(model, [example, example], progress=False, convert=True)
         block = model[0]
-        assert "forward" in block.__dict__
+        assert way_of(block)
         before = outputs(model, example)
         quantizer = activation_quantizer(0.0, 0.1, num_bits=2)
         block.relu.output_quantizer_call2 = quantizer
