@@ -48,7 +48,6 @@ class IntegerLayer(torch.nn.Module):
     """
 
     holds_integers = True
-    weight_int8: torch.Tensor
     weight_scale: torch.Tensor
     output_quantizer: Quantizer | None
     channels_first: bool
@@ -79,7 +78,7 @@ class IntegerLayer(torch.nn.Module):
             grid: The grid of the input.
             output_quantizer: What simulates the quantization of the result, if anything does.
         """
-        self.register_buffer("weight_int8", integers)
+        self._buffers["weight_int8"] = integers  # has a property of that name
         self.register_buffer("weight_scale", scale)
         self.output_quantizer = output_quantizer
         self.grid = grid
@@ -92,6 +91,11 @@ class IntegerLayer(torch.nn.Module):
         """Compute what is derived from weight, bias and grid."""
         self.grid.on(self.weight_int8.device)
         self.epilogue = make_epilogue(self.filters(), self.weight_scale, bias, self.grid.scale, self.grid.zero_point)
+
+    @property
+    def weight_int8(self) -> torch.Tensor:
+        """The integers. Compiled programs check before each call all that ``Module.__getattr__`` would look through."""
+        return self._buffers["weight_int8"]  # type: ignore[return-value]
 
     def filters(self) -> torch.Tensor:
         """The integers by output channel, ``[channels, ...]``."""

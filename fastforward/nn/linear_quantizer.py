@@ -76,9 +76,10 @@ class LinearQuantizer(RangeQuantizer):
             raise self._uncalibrated()
         if can_round(x, (scale, self.zero_point, self.quant_min, self.quant_max)):
             return round_in_one_pass(x, scale, self.zero_point, self.quant_min)
+        factor = 1.0
         if "scale" in self._parameters:
             scale = positive(scale)
-        factor = 1.0 if self.gradient_scale is None else self.lsq_gradient_scale(x)
+            factor = factor if self.gradient_scale is None else self.lsq_gradient_scale(x)
         return affine.fake_quantize(
             x, scale, self.zero_point, self.quant_min, self.quant_max, self.granularity, gradient_scale=factor
         )

@@ -29,13 +29,15 @@ def is_plain(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant
 
     They are when no gradient can be asked for and nobody traces or intercepts operators.
     """
+    if torch.compiler.is_compiling():  # asked first, or the program would be for tensors of so many elements alone
+        return False
     if x.dtype != torch.float32 or quant_max - quant_min != _LEVELS - 1 or x.numel() < _SMALLEST:
         return False
     if x.device.type != "cpu" or scale.numel() != 1 or not (type(x) is Tensor or type(x) is torch.nn.Parameter):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
         return False
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch._C._get_tracing_state() is not None:
         return False
     return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
 

@@ -81,6 +81,10 @@ def test_compiled_programs_check_one_attribute_of_a_module_on_its_way() -> None:
     own = {name.removeprefix(block) for name in read if name.startswith(block) and "_modules" not in name[len(block) :]}
     hooks = {name for name in own if name.endswith(("_hooks", "_hooks_with_kwargs"))}  # torch drops these by itself
     assert own - hooks <= {"", "._float_only", "._parameters"}
+    tables = {
+        name.removeprefix(f"{block}._modules['a'].") for name in read if name.startswith(f"{block}._modules['a']")
+    }
+    assert "_buffers" in tables and not tables & {"_parameters", "_modules"}
 
 
 def test_compiled_programs_notice_quantizers_that_are_attached_after_converting() -> None:

@@ -125,3 +125,20 @@ def test_operators_that_a_table_replaces_in_helpers_stay_replaced(x: torch.Tenso
     expected = model(x)
     assert torch.equal(compiled(model)[0](x), expected)
     assert not torch.equal(expected, Net().eval().requires_grad_(False)(x))
+
+
+def test_a_program_for_any_number_of_elements_simulates_few_and_many() -> None:
+    quantizer = ff.nn.LinearQuantizer(8)
+    quantizer.quantization_range = (-1.0, 1.0)
+    made: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        made.append(graph)
+        return graph
+
+    program = torch.compile(quantizer, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for rows in (3, 200, 5000):
+            x = torch.randn(rows, 7)
+            torch.testing.assert_close(program(x), quantizer(x))
+    assert len(made) == 1
