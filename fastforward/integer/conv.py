@@ -310,7 +310,8 @@ class IntegerConv(MeasuredLayer):
         codes = self.grid.traced_codes(input if batched else input.unsqueeze(0))
         # A program cannot carry oneDNN's packed weight into another process.
         y = self._unfolded(codes) if is_exporting() else self.compute(codes, self.epilogue)
-        y = (y if batched else y.squeeze(0)).to(input.dtype)
+        y = y if batched else y.squeeze(0)
+        y = y if y.dtype == input.dtype else y.to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def _unfolded(self, codes: torch.Tensor) -> torch.Tensor:

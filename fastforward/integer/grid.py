@@ -5,10 +5,12 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+from fastforward_kernels.ops_chain import ROUND_TO_CODES
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer.finite import representable
 from fastforward.integer.rounding import Rounding
+from fastforward.integer.tracing import fuses
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
 
@@ -114,9 +116,13 @@ class Grid:
 
     def traced_codes(self, x: torch.Tensor) -> torch.Tensor:
         """``codes`` in elementary operators, which compilers fuse and exporters know."""
-        x = x.detach().float()
+        x = x.detach() if x.requires_grad else x
+        x = x if x.dtype == torch.float32 else x.float()
         if self.inverse_smoothing is not None:
             x = x * self.inverse_smoothing
+        if fuses(x.device.type):
+            placed, known = self._placed, [self.scale, float(self.zero_point)]
+            return ROUND_TO_CODES(x, placed.scale, placed.inverse, placed.zero_point, self.highest, known)
         # A tensor, so that a compiler makes one kernel for all layers of a shape: a number would be part of its source.
         codes = torch.round(x * self._placed.inverse) + self.zero_point
         return codes.clamp(0, self.highest).to(torch.uint8)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from fastforward_kernels.int_mm import int_mm
+from fastforward_kernels.ops_chain import LINEAR_TO_FLOATS
 
 from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
@@ -12,14 +13,11 @@ from fastforward.integer.deferred import Product
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import IntegerLayer, become, require_known
-from fastforward.integer.tracing import is_exporting
+from fastforward.integer.tracing import fuses, is_exporting
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.linear import QuantizedLinear
 from fastforward.nn.operands import quantize_parameter
 
-_FEW_ROWS = 256
-"""Up to so many rows compiled programs multiply by torch's plain product: a call of our operator costs more than its
-fused epilogue saves. MiniLM's 128 rows are 1.3 times as fast so, its 1,024 rows 1.3 times as slow."""
 _KERNELS = ("onednn", "int_mm", "kernels", "float")
 
 
@@ -218,9 +216,14 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     def _traced(self, input: torch.Tensor) -> torch.Tensor:
         """The same computation in operators that compilers and exporters understand."""
-        codes = self.grid.traced_codes(input).reshape(-1, self.in_features)
+        codes = self.grid.traced_codes(input)
+        if fuses(self._device):
+            y = LINEAR_TO_FLOATS(codes, self.weight_int8, self.epilogue.factor, self.epilogue.compensated, "none")
+            y = y if y.dtype == input.dtype else y.to(input.dtype)
+            return y if self.output_quantizer is None else self.output_quantizer(y)
+        codes = codes.reshape(-1, self.in_features)
         # An exported program is to run without our operators.
-        if is_exporting() or (self._device == "cpu" and codes.shape[0] <= _FEW_ROWS):
+        if is_exporting() or (self._device == "cpu" and codes.shape[0] <= onednn.FEW_ROWS):
             product = int_mm(codes, self.weight_int8.t())
             y = torch.addcmul(self.epilogue.compensated, product, self.epilogue.factor)
         else:

@@ -1,4 +1,6 @@
-"""Telling ``torch.export`` from ``torch.compile`` while tracing."""
+"""What is at work while a program is traced: ``torch.export`` or ``torch.compile``, and what the latter may fuse."""
+
+from typing import Any
 
 import torch
 
@@ -13,3 +15,43 @@ def is_exporting() -> bool:
     if hasattr(compiler, "_is_exporting_flag"):
         return bool(compiler._is_exporting_flag)
     return compiler.is_compiling() and not compiler.is_dynamo_compiling()
+
+
+def fuses(device: str) -> bool:
+    """Whether layers on ``device`` are to say what they compute in operators that the compiler at work fuses."""
+    return device == "cpu" and not is_exporting() and _fusing_is_ready()
+
+
+def _fusing_is_ready() -> bool:
+    """Whether oneDNN multiplies integers here; then Inductor is told to fuse what surrounds the products."""
+    from fastforward.integer import onednn
+
+    if not onednn.has_onednn():
+        return False
+    from torch._inductor import config
+
+    if config.pre_grad_custom_pass is None:  # a pass of the user's stays; the program is right without ours
+        config.pre_grad_custom_pass = _inductor_pass()
+    return True
+
+
+# The mark of torch.compiler.assume_constant_result, whose import would load the compiler: this is not traced but run.
+_fusing_is_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _inductor_pass() -> Any:
+    from fastforward_kernels import ops_chain
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    from fastforward.integer import compiled
+
+    class FuseIntegerLayers(CustomGraphPass):
+        """What Inductor runs on every program before anything else."""
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            compiled.fuse(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((compiled.__file__, ops_chain.__file__))
+
+    return FuseIntegerLayers()

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from fastforward_kernels import epilogue, packing
 
+CODES, HIGHEST = torch.uint8, 255  # what activations are multiplied as
+
 
 def int8_linear(
     x: Tensor,
@@ -46,6 +48,65 @@ def int8_linear_quantizing(
     rows = x.reshape(-1, x.shape[-1]).float()
     q = (torch.round(rows * (1 / scale)) + zero_point).clamp(qmin, qmax).to(storage(qmin))
     return int8_linear(q.reshape(x.shape), x_scale, x_zero_point, *rest)
+
+
+def round_to_codes(
+    x: Tensor, step: Tensor, inverse: Tensor, zero_point: Tensor, highest: int, known: Sequence[float] = ()
+) -> Tensor:
+    """Round ``x`` to the codes ``0 .. highest`` of a grid."""
+    del step, known
+    return (torch.round(x.float() * inverse) + zero_point).clamp(0, highest).to(CODES)
+
+
+def round_to_grid(x: Tensor, step: Tensor, inverse: Tensor, zero_point: Tensor, highest: int) -> Tensor:
+    """The values that :func:`round_to_codes` stands for, in the data type of ``x``; NaN stays."""
+    codes = (torch.round(x.float() * inverse) + zero_point).clamp(0, highest)
+    return ((codes - zero_point) * step).to(x.dtype)
+
+
+def linear_to_floats(codes: Tensor, weight: Tensor, factor: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """``activation(codes [..., k] @ weight [n, k].T * factor [n] + bias [n])``, the product exact."""
+    acc = (codes.double() @ weight.double().t()).to(torch.int32)
+    return epilogue.apply(acc, (factor, torch.ones(())), bias, None, activation, torch.float32, None, None)
+
+
+def linear_to_codes(
+    codes: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    bias: Tensor,
+    activation: str,
+    smoothing: Tensor | None,
+    step: Tensor,
+    inverse: Tensor,
+    zero_point: Tensor,
+    highest: int,
+) -> Tensor:
+    """:func:`linear_to_floats`, times ``smoothing [n]`` if there is any, then :func:`round_to_codes`."""
+    y = linear_to_floats(codes, weight, factor, bias, activation)
+    y = y if smoothing is None else y * smoothing
+    return round_to_codes(y, step, inverse, zero_point, highest)
+
+
+def attention_of_integers(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_step: Tensor,
+    k_step: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """``softmax(q k^T scale q_step k_step) v`` of whole numbers in a floating type, ``[batch, heads, rows, width]``."""
+    scale *= float(q_step) * float(k_step)
+    y = functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    return heads_inside(y.transpose(1, 2).contiguous())
+
+
+def heads_inside(rows: Tensor) -> Tensor:
+    """View ``[batch, rows, heads, width]`` as attention returns it: ``[batch, heads, rows, width]``."""
+    return rows.transpose(1, 2)
 
 
 def storage(qmin: int) -> torch.dtype:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from fastforward_kernels import cpu_attention
 
 import fastforward as ff
-from fastforward.integer import attention
-from fastforward.integer.grid import Grid
 from fastforward.integer.merged import Merged
 
 nn = torch.nn
@@ -48,8 +47,8 @@ def _sqnr(expected: torch.Tensor, y: torch.Tensor) -> float:
 
 def _multiply(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let attention multiply in one of its ways, whatever the processor."""
-    monkeypatch.setattr(attention, "_LEAST_SCORES", 1 << 40 if how == "torch" else 0)
-    monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: how == "bfloat16")
+    monkeypatch.setattr(cpu_attention, "_LEAST_SCORES", 1 << 40 if how == "torch" else 0)
+    monkeypatch.setattr(cpu_attention, "multiplies_bfloat16", lambda: how == "bfloat16")
 
 
 @pytest.mark.parametrize("how", ["torch", "blocks", "bfloat16"])
@@ -157,61 +156,14 @@ def test_moving_a_layer_merges_anew() -> None:
     assert model.q.__dict__["_merged"] is not first
 
 
-MASKS = {
-    "none": None,
-    "padding": (torch.arange(40) < 25).expand(2, 1, 1, 40),
-    "boolean": torch.arange(40) <= torch.arange(30)[:, None] + 10,
-    "additive": torch.linspace(-3, 3, 2 * 3 * 30 * 40).view(2, 3, 30, 40),
-    "finite minimum": torch.where(torch.arange(40) < 25, 0.0, torch.finfo(torch.float32).min)[None],
-}
-
-
-@pytest.mark.parametrize("block", [1 << 18, 2400, 640], ids=["all heads", "two heads", "rows of a head"])
-@pytest.mark.parametrize("name", MASKS)
-def test_blocks_give_what_torch_gives(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", block)
-    torch.manual_seed(4)
-    q, k, v = (torch.randn(2, rows, 3, 8).transpose(1, 2) for rows in (30, 40, 40))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=MASKS[name], scale=0.7) * 0.25
-    y = attention._by_blocks((q, k, v), 0.7, 0.25, MASKS[name])
-    assert y is not None
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
-    assert y.stride() == expected.stride()
-
-
-@pytest.mark.parametrize("together", [1, 2])
-@pytest.mark.parametrize("name", MASKS)
-def test_bfloat16_rounds_probabilities_alone(name: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", together * 3 * 30 * 40)
-    torch.manual_seed(9)
-    q, k, v = (torch.randint(0, 256, (2, rows, 3, 8), dtype=torch.uint8).transpose(1, 2) for rows in (30, 40, 40))
-    grids = [Grid(0.02, 131), Grid(0.03, 90), Grid(0.5, 7)]
-    floats = [grid.values(x) for grid, x in zip(grids, (q, k, v), strict=True)]
-    expected = F.scaled_dot_product_attention(*floats, attn_mask=MASKS[name], scale=0.4)
-    y = attention._by_batches((q, k, v), grids, 0.4 * 0.02 * 0.03, MASKS[name], is_causal=False)
-    assert (y - expected).abs().max() < 2**-7 * expected.abs().max()
-    assert y.stride() == expected.stride()
-
-
-@pytest.mark.parametrize(
-    "scale, mask",
-    [(60.0, None), (1.0, torch.full((30, 40), -200.0)), (1.0, torch.zeros(30, 40, dtype=torch.bool))],
-    ids=["overflow", "underflow", "nothing to attend to"],
-)
-def test_exponentials_out_of_range_are_noticed(scale: float, mask: torch.Tensor | None) -> None:
-    torch.manual_seed(5)
-    q, k, v = (torch.randn(2, 3, rows, 8) for rows in (30, 40, 40))
-    assert attention._by_blocks((q, k, v), scale, 1.0, mask) is None
-
-
 def test_large_scores_are_left_to_torch_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     _multiply("blocks", monkeypatch)
     torch.manual_seed(6)
     x = torch.randn(3, ROWS, WIDTH)
     model, expected = _converted(Attention(scale=400.0), x)
     tried = []
-    by_blocks = attention._by_blocks
-    monkeypatch.setattr(attention, "_by_blocks", lambda *args: tried.append(1) or by_blocks(*args))
+    by_blocks = cpu_attention._by_blocks
+    monkeypatch.setattr(cpu_attention, "_by_blocks", lambda *args: tried.append(1) or by_blocks(*args))
     with torch.no_grad():
         assert all(_sqnr(expected, model(x)) > 50 for _ in range(3))
     assert len(tried) == 1

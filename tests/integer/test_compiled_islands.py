@@ -1,8 +1,5 @@
 """Quantizers between integer layers do not break a compiled graph."""
 
-import copy
-
-import pytest
 import torch
 from calibrated import Net, activation_quantizer, outputs, simulated
 
@@ -28,28 +25,6 @@ def test_a_quantizer_in_the_middle_of_a_forward_is_traced_in_one_graph() -> None
     expected = outputs(model, example)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(outputs(compiled, example), expected, rtol=1e-3, atol=0.02)
-
-
-@pytest.mark.parametrize("rows, fused", [(64, False), (600, True)])
-def test_compiled_linear_layers_are_one_operator_when_there_are_many_rows(rows: int, fused: bool) -> None:
-    torch.manual_seed(1)
-    example = torch.randn(rows, 32)
-    model = simulated(
-        Net(lambda self, x: self.b(torch.relu(self.a(x))), a=nn.Linear(32, 48), b=nn.Linear(48, 8)), example
-    )
-    expected = outputs(model, example)
-    model = copy.deepcopy(ff.convert(model))  # what a copy compiles with travels with it
-    called: list[str] = []
-
-    def watch(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
-        called.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    y = outputs(torch.compile(model, fullgraph=True, backend=watch), example)
-    assert any("int8_linear" in name for name in called) == fused
-    assert any("_int_mm" in name for name in called) != fused
-    noise = (y - expected).square().sum()
-    assert noise <= 1e-4 * expected.square().sum()
 
 
 def test_scales_are_operands_of_compiled_code_so_that_layers_of_a_shape_share_a_kernel() -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import fastforward_kernels as ffk
+import fastforward_kernels.ops_chain  # noqa: F401  (operators of compiled programs, defined with the integer layers)
 import pytest
 import torch
 from fastforward_kernels.library import NAMESPACE
@@ -12,6 +13,8 @@ OPS = getattr(torch.ops, NAMESPACE)
 SCALE, ZERO = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 Q = torch.randint(-128, 128, (4, 8), dtype=torch.int8)
+U = (Q ^ -128).view(torch.uint8)
+STEPS = (SCALE, SCALE.reciprocal(), ZERO)
 W = torch.randint(-128, 128, (6, 8), dtype=torch.int8)
 PACKED = ffk.pack_linear_weight(W, torch.rand(6))
 CONV = ffk.pack_conv_weight(torch.randint(-128, 128, (6, 8, 3, 3), dtype=torch.int8), torch.rand(6))
@@ -67,6 +70,14 @@ def calls():
         "int8_layer_norm": [(Q, SCALE, ZERO, torch.rand(8), torch.rand(8), 1e-5, *OUT)],
         "int8_rms_norm": [(Q, SCALE, ZERO, torch.rand(8), 1e-5, *OUT)],
         "int8_softmax": [(Q, SCALE, *OUT)],
+        "round_to_codes": [(X, *STEPS, 255, []), (X.t(), *STEPS, 100, [0.1, 3.0])],
+        "round_to_grid": [(X, *STEPS, 255)],
+        "linear_to_floats": [(U, W, torch.rand(6), torch.rand(6), "gelu")],
+        "linear_to_codes": [
+            (U, W, torch.rand(6), torch.rand(6), "relu", None, *STEPS, 255),
+            (U, W, torch.rand(6), torch.rand(6), "gelu", torch.rand(6), *STEPS, 63),
+        ],
+        "attention_of_integers": [(*[IMAGE.float()] * 3, SCALE, SCALE, None, False, 0.01)],
     }
 
 

@@ -1,0 +1,84 @@
+"""Linear layers of compiled integer programs on CPUs: oneDNN, with what follows the product fused."""
+
+import torch
+from torch import Tensor
+
+from fastforward_kernels import reference_matmul as reference
+from fastforward_kernels.cpu_matmul import PACKS, POST_OPS, exact_onednn
+from fastforward_kernels.cpu_sweep import CHUNK
+
+_LEAST_ROWS = 128  # of a block: fewer would not be worth a call
+
+
+def linear_to_floats(codes: Tensor, weight: Tensor, factor: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """See :func:`reference_matmul.linear_to_floats`."""
+    if not exact_onednn() or not codes.numel() * weight.numel():
+        return reference.linear_to_floats(codes, weight, factor, bias, activation)
+    y = _product(codes.reshape(-1, weight.shape[1]), weight, factor, bias, activation)
+    return y.view(*codes.shape[:-1], weight.shape[0])
+
+
+def linear_to_codes(
+    codes: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    bias: Tensor,
+    activation: str,
+    smoothing: Tensor | None,
+    step: Tensor,
+    inverse: Tensor,
+    zero_point: Tensor,
+    highest: int,
+) -> Tensor:
+    """See :func:`reference_matmul.linear_to_codes`."""
+    if not exact_onednn() or not codes.numel() * weight.numel():
+        grid = (step, inverse, zero_point, highest)
+        return reference.linear_to_codes(codes, weight, factor, bias, activation, smoothing, *grid)
+    rows, scale, point = codes.reshape(-1, weight.shape[1]), float(step), int(zero_point)
+    if smoothing is not None:
+        y = _smoothed(rows, (weight, factor, bias, activation), smoothing, scale, point)
+    elif activation == "none" or (activation == "relu" and point == 0):
+        # On the unit grid a kernel only rounds, which takes half the time; codes saturate at 0 just as relu does.
+        on_grid = PACKS.get(factor, ("on", scale, point), lambda: (factor / scale, bias / scale + point))
+        y = _product(rows, weight, on_grid[0], on_grid[1], "none", 1.0, 0, reference.CODES)
+    else:
+        y = _product(rows, weight, factor, bias, activation, scale, point, reference.CODES)
+    y = y if highest == reference.HIGHEST else y.clamp_(max=highest)
+    return y.view(*codes.shape[:-1], weight.shape[0])
+
+
+def _smoothed(
+    rows: Tensor, product: tuple[Tensor, Tensor, Tensor, str], smoothing: Tensor, scale: float, zero_point: int
+) -> Tensor:
+    """Scale the channels before rounding, which no kernel does: by blocks whose floats stay in the cache."""
+    shape = (rows.shape[0], product[0].shape[0])
+    result = torch._empty_affine_quantized(shape, scale=scale, zero_point=zero_point, dtype=torch.quint8)
+    together = max(_LEAST_ROWS, CHUNK // shape[1])
+    for block, target in zip(rows.split(together), result.split(together), strict=True):
+        target.copy_(_product(block, *product).mul_(smoothing))
+    return _integers(result)
+
+
+def _product(
+    rows: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    bias: Tensor,
+    activation: str,
+    scale: float = 1.0,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    pack = PACKS.get(weight, "linear", lambda: torch.ops.onednn.qlinear_prepack(weight, None))
+    zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
+    name, algorithm = POST_OPS[activation]
+    y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        rows.contiguous(), 1.0, 0, pack, factor, zeros, bias, scale, zero_point, dtype, name, [], algorithm
+    )
+    return y
+
+
+def _integers(quantized: Tensor) -> Tensor:
+    """The integers of a quantized tensor, in its memory."""
+    codes = torch.empty(0, dtype=reference.CODES)
+    return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())

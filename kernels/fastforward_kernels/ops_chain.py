@@ -1,0 +1,61 @@
+"""The operators of compiled integer programs: roundings, linear layers that store codes, attention on codes.
+
+Codes are uint8. What a layer knows beforehand is in its operands: the zero point of its input in ``bias``, both scales
+in ``factor``. A compiler that fuses elementwise operators does better with those that rounding consists of; it finds
+the rounding here as one node, may hand it to the operator that makes its input, and takes the others apart.
+
+A grid is ``step`` (float32, one number), ``inverse`` (one over it), ``zero_point`` (int32, the code of real zero) and
+``highest``, its largest code. ``known`` repeats step and zero point as numbers where they never change, for operators
+that take nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastforward_kernels import cpu_attention, cpu_chain
+from fastforward_kernels import reference_matmul as reference
+from fastforward_kernels.library import define
+
+PRODUCT = "Tensor codes, Tensor weight, Tensor factor, Tensor bias, str activation"
+GRID = "Tensor step, Tensor inverse, Tensor zero_point, int highest"
+
+
+def _shape(dtype_of: Callable[..., Any]) -> Callable[..., Tensor]:
+    def shape(codes: Tensor, weight: Tensor, factor: Tensor, *_: Any) -> Tensor:
+        return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype_of(codes, factor))
+
+    return shape
+
+
+ROUND_TO_CODES: Callable[..., Tensor] = define(
+    f"round_to_codes(Tensor x, {GRID}, float[] known) -> Tensor",
+    reference=reference.round_to_codes,
+    fake=lambda x, *_: torch.empty_like(x, dtype=reference.CODES),
+)
+ROUND_TO_GRID: Callable[..., Tensor] = define(
+    f"round_to_grid(Tensor x, {GRID}) -> Tensor",
+    reference=reference.round_to_grid,
+    fake=lambda x, *_: torch.empty_like(x),
+)
+LINEAR_TO_FLOATS: Callable[..., Tensor] = define(
+    f"linear_to_floats({PRODUCT}) -> Tensor",
+    reference=reference.linear_to_floats,
+    cpu=cpu_chain.linear_to_floats,
+    fake=_shape(lambda codes, factor: factor.dtype),
+)
+LINEAR_TO_CODES: Callable[..., Tensor] = define(
+    f"linear_to_codes({PRODUCT}, Tensor? smoothing, {GRID}) -> Tensor",
+    reference=reference.linear_to_codes,
+    cpu=cpu_chain.linear_to_codes,
+    fake=_shape(lambda codes, factor: codes.dtype),
+)
+ATTENTION_OF_INTEGERS: Callable[..., Tensor] = define(
+    "attention_of_integers(Tensor q, Tensor k, Tensor v, Tensor q_step, Tensor k_step, "
+    "Tensor? attn_mask, bool is_causal, float scale) -> Tensor",
+    reference=reference.attention_of_integers,
+    cpu=cpu_attention.attention_of_integers,
+    fake=lambda q, k, v, *_: reference.heads_inside(v.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))),
+)

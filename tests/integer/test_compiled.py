@@ -1,0 +1,179 @@
+"""What compiled programs fuse: tables of what a program computes, and the operators that are left of it."""
+
+import copy
+import operator
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from calibrated import Net, activation_quantizer, outputs, simulated
+
+import fastforward as ff
+from fastforward.integer import compiled, onednn
+
+nn = torch.nn
+F = nn.functional
+pytestmark = pytest.mark.skipif(not onednn.has_onednn(), reason="needs oneDNN's exact integer products")
+MANY = onednn.FEW_ROWS + 64
+
+
+def fused(model: nn.Module, *example: torch.Tensor) -> tuple[Counter[str], torch.Tensor]:
+    """The operators of the compiled program after the pass, by name, and its output."""
+    found: Counter[str] = Counter()
+
+    def backend(program: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.fuse(program.graph)
+        program.graph.lint()
+        program.recompile()
+        found.update(
+            getattr(node.target, "__name__", str(node.target)).partition(".")[0] for node in program.graph.nodes
+        )
+        return program
+
+    torch._dynamo.reset()
+    return found, outputs(torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend, dynamic=False), *example)
+
+
+def integer(example: torch.Tensor, forward: Any, **modules: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return ff.convert(simulated(Net(forward, **modules), example))
+
+
+def near(model: nn.Module, example: torch.Tensor, actual: torch.Tensor) -> bool:
+    expected = outputs(model, example, runs=4)
+    return bool((actual - expected).square().sum() <= 1e-4 * expected.square().sum())
+
+
+LINEAR = {
+    "none": (lambda self, x: self.b(self.a(x)), 1, 0),
+    "relu": (lambda self, x: self.b(torch.relu(self.a(x))), 1, 0),
+    "gelu": (lambda self, x: self.b(F.gelu(self.a(x))), 1, 0),
+    "tanh gelu": (lambda self, x: self.b(F.gelu(self.a(x), approximate="tanh")), 1, 0),
+    "views": (lambda self, x: self.b(self.a(x).view(-1, 4, 12).transpose(1, 2).transpose(1, 2).flatten(1)), 1, 0),
+    "dropout": (lambda self, x: self.b(F.dropout(self.a(x), 0.5, self.training)), 1, 0),
+    "used twice": (lambda self, x: (lambda y: self.b(y) + y.sum())(self.a(x)), 0, 1),
+    "sigmoid": (lambda self, x: self.b(self.a(x).sigmoid()), 0, 1),
+    "changed in place": (lambda self, x: self.b(self.a(x).add_(1.0)), 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_layer_takes_in_what_follows_it(name: str) -> None:
+    forward, to_codes, rounded = LINEAR[name]
+    example = torch.randn(MANY, 16)
+    model = integer(example, forward, a=nn.Linear(16, 48), b=nn.Linear(48, 8))
+    found, actual = fused(model, example)
+    assert found["linear_to_codes"] == to_codes
+    assert found["round"] == 1 + rounded  # the input's, and one that could not be taken in
+    assert near(model, example, actual)
+
+
+def test_few_rows_are_left_to_the_compiler() -> None:
+    example = torch.randn(8, 16)
+    model = integer(example, lambda self, x: self.b(torch.relu(self.a(x))), a=nn.Linear(16, 48), b=nn.Linear(48, 8))
+    found, actual = fused(model, example)
+    assert not any("linear_to" in name for name in found)
+    assert near(model, example, actual)
+
+
+def test_channels_are_scaled_before_rounding() -> None:
+    example = torch.randn(MANY, 16)
+    torch.manual_seed(0)
+    model = simulated(Net(lambda self, x: self.b(F.gelu(self.a(x))), a=nn.Linear(16, 48), b=nn.Linear(48, 8)), example)
+    model.b.register_buffer("smoothing", torch.rand(48) + 0.5)
+    found, actual = fused(ff.convert(model), example)
+    assert found["linear_to_codes"] == 1
+    assert found["gelu"] == 0
+    assert near(model, example, actual)
+
+
+CONVOLUTIONS = {
+    "relu": (lambda self, x: self.b(torch.relu(self.a(x))), 0),
+    "batch norm and relu": (lambda self, x: self.b(F.relu(self.n(self.a(x)), inplace=True)), 0),
+    "hardswish": (lambda self, x: self.b(F.hardswish(self.n(self.a(x)))), 0),
+    "hardtanh": (lambda self, x: self.b(F.hardtanh(self.a(x), -0.5, 0.5)), 0),
+    "relu6": (lambda self, x: self.b(F.relu6(self.a(x))), 0),
+    "two norms": (lambda self, x: self.b(self.n(self.n(self.a(x)))), 1),
+    "sum": (lambda self, x: self.b(self.a(x) + x.mean(1, keepdim=True)), 1),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_takes_in_what_follows_it(name: str) -> None:
+    forward, rounded = CONVOLUTIONS[name]
+    example = torch.randn(2, 4, 9, 9)
+    norm = nn.BatchNorm2d(12)
+    norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(norm.weight, 0.5, 2), nn.init.uniform_(norm.bias)
+    layers = {"a": nn.Conv2d(4, 12, 3, padding=1), "b": nn.Conv2d(12, 6, 3), "n": norm}
+    model = integer(example, forward, **layers)
+    found, actual = fused(model, example)
+    assert found["round"] == 1 + rounded
+    assert near(model, example, actual)
+
+
+class Attention(ff.nn.QuantizedModule, nn.Module):
+    """Query, key and value with quantizers between projection and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.quantizer_q, self.quantizer_k = activation_quantizer(-2.0, 2.0), activation_quantizer(-1.5, 2.0)
+        self.quantizer_v = activation_quantizer(-2.0, 1.5)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 2, 16).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.quantizer_q(q), self.quantizer_k(k), self.quantizer_v(v), mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("few, taken", [(0, 1), (1 << 40, 0)])
+def test_attention_takes_codes_where_there_are_many_scores(
+    monkeypatch: pytest.MonkeyPatch, masked: bool, few: int, taken: int
+) -> None:
+    monkeypatch.setattr(compiled, "_FEW_SCORES", few)
+    example = torch.randn(2, MANY, 32)
+    mask = torch.rand(MANY, MANY) > 0.2 if masked else None
+    model = integer(example, lambda self, x: self.m(x, mask), m=Attention())
+    found, actual = fused(model, example)
+    assert found["attention_of_integers"] == taken
+    assert found["linear_to_codes"] == 3 * taken
+    assert near(model, example, actual)
+
+
+def test_a_changed_range_is_noticed_by_a_compiled_program() -> None:
+    example = torch.randn(2, MANY, 32)
+    model = integer(example, lambda self, x: self.m(x), m=Attention())
+    program = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = outputs(program, example)
+    with torch.no_grad():
+        model.m.quantizer_v.scale.mul_(8.0)
+    changed = outputs(program, example)
+    assert not torch.allclose(before, changed, atol=1e-3)
+    torch.testing.assert_close(changed, outputs(model, example), rtol=0.05, atol=0.05)
+
+
+def test_what_nobody_uses_is_left_in_the_program() -> None:
+    graph = torch.fx.Graph()
+    x, state, step, point = (graph.placeholder(name) for name in ("x", "state", "step", "point"))
+    graph.call_method("add_", (state, 1))
+    codes = graph.call_function(compiled.ROUND, (x, step, step, point, 255, ()))
+    graph.output(graph.call_method("to", (codes, torch.float32)))
+    compiled.fuse(graph)
+    assert [node.target for node in graph.nodes if node.op.startswith("call")] == [
+        "add_", operator.mul, torch.round, operator.add, "clamp", "to"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_inductor_runs_the_pass_and_gives_what_eager_gives() -> None:
+    example = torch.randn(MANY, 16)
+    model = integer(example, lambda self, x: self.b(F.gelu(self.a(x))), a=nn.Linear(16, 48), b=nn.Linear(48, 8))
+    torch._dynamo.reset()
+    y = outputs(torch.compile(copy.deepcopy(model), fullgraph=True), example)
+    assert near(model, example, y)
+    installed = torch._inductor.config.pre_grad_custom_pass
+    assert type(installed).__name__ == "FuseIntegerLayers"
+    assert installed.uuid()

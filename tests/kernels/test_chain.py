@@ -1,0 +1,60 @@
+"""The operators of compiled integer programs against their references."""
+
+import pytest
+import torch
+from fastforward_kernels import cpu_chain, ops_chain
+from fastforward_kernels import reference_matmul as reference
+
+FACTOR = 2.0**-10
+
+
+def grid(step: float, zero_point: int) -> tuple[torch.Tensor, ...]:
+    return torch.tensor(step), torch.tensor(1.0 / step), torch.tensor(zero_point, dtype=torch.int32)
+
+
+def product(rows: int, activation: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str]:
+    torch.manual_seed(rows)
+    codes = torch.randint(0, 256, (2, rows, 40), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
+    return codes, weight, torch.full((24,), FACTOR), torch.randn(24), activation
+
+
+@pytest.mark.parametrize("zero_point, highest", [(0, 255), (131, 255), (3, 15)])
+def test_rounding(zero_point: int, highest: int) -> None:
+    x = torch.cat([torch.randn(500) * 9, torch.tensor([0.125, -0.125, 1e9, -1e9, 0.0])]).view(5, 101)
+    arguments = (*grid(0.25, zero_point), highest)
+    codes = ops_chain.ROUND_TO_CODES(x, *arguments, [])
+    assert torch.equal(codes, reference.round_to_codes(x, *arguments))
+    assert int(codes.max()) == highest
+    values = ops_chain.ROUND_TO_GRID(x, *arguments)
+    assert torch.equal(values, (codes.float() - zero_point) * 0.25)
+    assert ops_chain.ROUND_TO_GRID(torch.tensor([torch.nan]), *arguments).isnan().all()
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_linear_to_floats(rows: int, activation: str) -> None:
+    arguments = product(rows, activation)
+    y = ops_chain.LINEAR_TO_FLOATS(*arguments)
+    torch.testing.assert_close(y, reference.linear_to_floats(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_point, highest", [(0, 255), (131, 255), (3, 15)])
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh"])
+def test_linear_to_codes(activation: str, smoothed: bool, zero_point: int, highest: int) -> None:
+    arguments = product(300, activation)
+    after = (torch.rand(24) + 0.5 if smoothed else None, *grid(0.25, zero_point), highest)
+    for _ in range(2):  # the second time what was prepared is used again
+        codes = ops_chain.LINEAR_TO_CODES(*arguments, *after)
+    expected = reference.linear_to_codes(*arguments, *after)
+    off = (codes.int() - expected.int()).abs()
+    assert int(off.max()) <= 1
+    assert float(off.float().mean()) < 1e-3  # ties
+
+
+def test_machines_without_exact_products_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_chain, "exact_onednn", lambda: False)
+    arguments, after = product(4, "relu"), (None, *grid(0.25, 3), 255)
+    assert torch.equal(ops_chain.LINEAR_TO_FLOATS(*arguments), reference.linear_to_floats(*arguments))
+    assert torch.equal(ops_chain.LINEAR_TO_CODES(*arguments, *after), reference.linear_to_codes(*arguments, *after))
