@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastforward.autoquant.recompile import Engine, Unit
 
 SCOPES = "_ff_scopes"
+UNMET = "_ff_unmet"
 CALLS = "_ff_calls"
 # Set on a module that has more than one call path: only that one asks on which it runs.
 SEVERAL = "_ff_several"
@@ -516,8 +517,10 @@ class Scope(Sites):
         return any(child.is_active() for child in self.children.values() if child.parent is self)
 
     def is_pending(self) -> bool:
-        """Whether a loaded state holds quantizers for sites that no run has shown yet."""
-        return self.owner is not None and len(self.owner.__dict__.get("_ff_pending", ())) > 0
+        """Whether the owner holds quantizers, loaded or copied, for sites that no run of its own has shown yet."""
+        if self.owner is None:
+            return False
+        return len(self.owner.__dict__.get("_ff_pending", ())) > 0 or len(self.owner.__dict__.get(UNMET, ())) > 0
 
 
 class MethodEntry:

@@ -30,8 +30,10 @@ def _fusing_is_ready() -> bool:
         return False
     from torch._inductor import config
 
-    if config.pre_grad_custom_pass is None:  # a pass of the user's stays; the program is right without ours
-        config.pre_grad_custom_pass = _inductor_pass()
+    before = config.pre_grad_custom_pass
+    passes = list(before) if isinstance(before, list | tuple) else [before] if before is not None else []
+    if not any(getattr(known, "fuses_integer_layers", False) for known in passes):
+        config.pre_grad_custom_pass = _inductor_pass(passes)
     return True
 
 
@@ -39,19 +41,27 @@ def _fusing_is_ready() -> bool:
 _fusing_is_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _inductor_pass() -> Any:
+def _inductor_pass(passes: list[Any]) -> Any:
+    """What Inductor is to run on every program before anything else: the ``passes`` that were there, then ours."""
     from fastforward_kernels import ops_chain
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     from fastforward.integer import compiled
 
     class FuseIntegerLayers(CustomGraphPass):
-        """What Inductor runs on every program before anything else."""
+        """Lets integer layers hand codes to each other."""
+
+        fuses_integer_layers = True
 
         def __call__(self, graph: torch.fx.Graph) -> None:
+            for other in passes:
+                other(graph)
             compiled.fuse(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files((compiled.__file__, ops_chain.__file__))
+            others = [getattr(other, "uuid", lambda: None)() for other in passes]
+            if any(other is None for other in others):
+                return None  # a pass that cannot say what it does: compiled programs are not kept
+            return get_hash_for_files((compiled.__file__, ops_chain.__file__), str(others))
 
     return FuseIntegerLayers()

@@ -15,7 +15,7 @@ import torch
 
 from fastforward.autoquant.callpath import FIRST
 from fastforward.autoquant.recompile import Engine, may_hold_sites, names_operator
-from fastforward.autoquant.scope import SCOPES, MethodEntry
+from fastforward.autoquant.scope import SCOPES, UNMET, MethodEntry
 from fastforward.autoquant.sites import Site
 from fastforward.exceptions import AutoquantError, QuantizationWarning
 from fastforward.nn.call_paths import PENDING, call_indices, recall
@@ -31,7 +31,8 @@ _SETUP = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "i
 class RewrittenModule(QuantizedModule, include_in_module_map=False):
     """Base of all companions: stubs appear under the names of the sites.
 
-    A loaded state leaves quantizers for sites that only a run shows under ``PENDING``, by name.
+    A loaded state leaves quantizers for sites that only a run shows under ``PENDING``, by name; a copy has them, and
+    under ``UNMET`` the names of those that no run of its own has shown.
     """
 
     call_paths = True
@@ -47,6 +48,9 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the scopes again, which no copy or pickle holds: compilers cannot while they trace."""
         super().__setstate__(state)
+        sites = self.__dict__.get(_SITES, {})
+        live = {name for name, quantizer in self.own_quantizers().items() if name in sites and not quantizer.is_stub()}
+        self.__dict__[UNMET] = live
         for name, entry in type(self)._ff_entries.items():
             for index in call_indices(self) if name == "forward" else (FIRST,):
                 entry.create(self, index)
@@ -64,6 +68,7 @@ class RewrittenModule(QuantizedModule, include_in_module_map=False):
             name = f"{name}_"
         if name not in known:
             known[name] = identity
+        self.__dict__.get(UNMET, set()).discard(name)
         if name not in self.__dict__:
             loaded = self.__dict__.get(PENDING, {}).pop(name, None)
             if loaded is None:

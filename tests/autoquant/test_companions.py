@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,21 @@ def test_compiling_refuses_a_loaded_model_whose_quantizers_no_run_has_put_in_pla
     assert torch.equal(loaded(x), model(x))
     torch._dynamo.reset()
     assert torch.equal(torch.compile(loaded, fullgraph=True, backend="eager")(x), model(x))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_compiling_refuses_a_copy_whose_quantizers_no_run_of_its_own_has_found(
+    duplicate: Callable[[nn.Module], nn.Module],
+) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, 3)
+    model = ff.quantize(ByName(), [x], progress=False)
+    copied = duplicate(model)
+    with pytest.raises(Exception, match="run the model once before compiling"):
+        torch.compile(copied, fullgraph=True, backend="eager")(x)
+    assert torch.equal(copied(x), model(x))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(copied, fullgraph=True, backend="eager")(x), model(x))
 
 
 def test_torch_export(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from calibrated import Net, activation_quantizer, outputs, simulated
 
 import fastforward as ff
@@ -168,12 +169,18 @@ def test_what_nobody_uses_is_left_in_the_program() -> None:
 
 
 @pytest.mark.slow
-def test_inductor_runs_the_pass_and_gives_what_eager_gives() -> None:
+@pytest.mark.parametrize("other", [False, True], ids=["alone", "beside another pass"])
+def test_inductor_runs_the_pass_and_gives_what_eager_gives(monkeypatch: pytest.MonkeyPatch, other: bool) -> None:
+    seen: list[torch.fx.Graph] = []
+    fuse, runs = compiled.fuse, []
+    monkeypatch.setattr(compiled, "fuse", lambda graph: runs.append(fuse(graph)))
     example = torch.randn(MANY, 16)
     model = integer(example, lambda self, x: self.b(F.gelu(self.a(x))), a=nn.Linear(16, 48), b=nn.Linear(48, 8))
     torch._dynamo.reset()
-    y = outputs(torch.compile(copy.deepcopy(model), fullgraph=True), example)
+    config = torch._inductor.config
+    with config.patch(force_disable_caches=True, pre_grad_custom_pass=seen.append if other else None):
+        y = outputs(torch.compile(copy.deepcopy(model), fullgraph=True), example)
+        assert (config.pre_grad_custom_pass.uuid() is None) == other
     assert near(model, example, y)
-    installed = torch._inductor.config.pre_grad_custom_pass
-    assert type(installed).__name__ == "FuseIntegerLayers"
-    assert installed.uuid()
+    assert len(runs) == 1
+    assert len(seen) == other
