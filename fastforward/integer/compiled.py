@@ -36,7 +36,8 @@ _FEW_SCORES = 1 << 19
 """Attention of so few scores takes less in floats: a call of our operator costs more than a narrower type saves."""
 _LINEAR_ACTIVATIONS = {NO_ACTIVATION: "none", epilogues.RELU: "relu", epilogues.GELU_ERF: "gelu"}
 _LINEAR_ACTIVATIONS[epilogues.GELU_TANH] = "gelu_tanh"
-_CONVOLUTIONS = {1: IntegerConv1d, 2: IntegerConv2d, 3: IntegerConv3d}
+_LAYERS = {1: IntegerConv1d, 2: IntegerConv2d, 3: IntegerConv3d}
+CONVOLUTIONS = tuple(known for known in onednn.CONVOLUTIONS.values() if known is not None)
 _SCALE, _BIAS, _STRIDE, _RESULT = 4, 6, 7, slice(11, 17)
 """Where oneDNN's convolution has its arguments."""
 
@@ -45,15 +46,13 @@ def fuse(graph: Graph) -> None:
     """Let the integer layers of a program hand codes to each other, in place."""
     if not _calls(graph, (ROUND, ON_GRID)):
         return
-    masks: dict[Node, Node] = {}
     for node in _calls(graph, (F.scaled_dot_product_attention,)):
-        _attend_to_integers(node, masks)
-    known: dict[Any, Node] = {}
+        _attend_to_integers(node)
     for node in _calls(graph, (ROUND,)):
-        _share(_ahead_of_moves(node), known)
+        _move_ahead(node)
     for node in _calls(graph, (LINEAR,)):
         _take_in(node, _Linear(node))
-    for node in _calls(graph, tuple(op for op in onednn.CONVOLUTIONS.values() if op is not None)):
+    for node in _calls(graph, CONVOLUTIONS):
         _take_in(node, _Convolution(node))
     for node in _calls(graph, (ROUND, ON_GRID)):
         _take_apart(node)
@@ -75,36 +74,37 @@ def _bound(node: Node, *names: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- roundings
-def _ahead_of_moves(rounding: Node) -> Node:
-    """Round before data is moved: what makes the values may then store codes."""
+def _move_ahead(rounding: Node) -> None:
+    """Round before data is moved, where that lets a product store codes.
+
+    Programs may still change tensors in place. So nobody else may see the values on the way, and they must be fresh.
+    """
+    moves = []
+    source: Any = rounding.args[0]
+    while isinstance(source, Node) and _moves(source) and len(source.users) == 1:
+        moves.append(source)
+        source = source.args[0]
+    if not moves or len(source.users) != 1 or not _is_fresh(source):
+        return
     graph = rounding.graph
-    moved = rounding.args[0]
-    while isinstance(moved, Node) and _moves(moved) and len(moved.users) == 1:
-        source = moved.args[0]
-        with graph.inserting_before(rounding):
-            ahead = graph.call_function(ROUND, (source, *rounding.args[1:]))
-            after = graph.node_copy(moved)
-        after.replace_input_with(source, ahead)  # type: ignore[arg-type]
-        rounding.replace_all_uses_with(after)
-        graph.erase_node(rounding)
-        graph.erase_node(moved)
-        rounding, moved = ahead, source
-    return rounding
+    with graph.inserting_before(rounding):
+        codes = graph.call_function(ROUND, (source, *rounding.args[1:]))
+        for move in reversed(moves):
+            codes = graph.node_copy(move, lambda node, codes=codes: codes)  # type: ignore[misc]
+    rounding.replace_all_uses_with(codes)
+    for node in (rounding, *moves):
+        graph.erase_node(node)
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether a node's result is no view of anything."""
+    return node.target in (LINEAR, *CONVOLUTIONS, F.batch_norm) or _activation(node) is not None
 
 
 def _moves(node: Node) -> bool:
     if node.target is F.dropout:
         return _bound(node, "input", "p", "training").get("training") is False
     return node.target in _MOVES and bool(node.args) and isinstance(node.args[0], Node)
-
-
-def _share(rounding: Node, known: dict[Any, Node]) -> None:
-    """Round a value once for all that want it on equal grids."""
-    x, step, _, zero_point, highest, numbers = rounding.args
-    first = known.setdefault((x, highest, tuple(numbers) or (step, zero_point)), rounding)  # type: ignore[arg-type]
-    if first is not rounding:
-        rounding.replace_all_uses_with(first)
-        rounding.graph.erase_node(rounding)
 
 
 def _take_apart(rounding: Node) -> None:
@@ -191,7 +191,7 @@ class _Convolution:
     def __init__(self, node: Node) -> None:
         self.graph, self.target = node.graph, node.target
         self.arguments: list[Any] = list(node.args)
-        self.fusible = _CONVOLUTIONS[len(self.arguments[_STRIDE])]._fusible
+        self.fusible = _LAYERS[len(self.arguments[_STRIDE])]._fusible
         self.activation = NO_ACTIVATION
         self.norm: dict[str, Any] | None = None
 
@@ -320,7 +320,7 @@ _ACTIVATIONS: dict[Any, Callable[[dict[str, Any]], Activation | None]] = {
 
 
 # ---------------------------------------------------------------- attention
-def _attend_to_integers(node: Node, masks: dict[Node, Node]) -> None:
+def _attend_to_integers(node: Node) -> None:
     """Attention on the whole numbers that its rounded operands stand for, with their steps in the softmax's scale.
 
     bfloat16 holds them exactly; where the processor multiplies that by tiles, only probabilities are rounded.
@@ -342,7 +342,7 @@ def _attend_to_integers(node: Node, masks: dict[Node, Node]) -> None:
     with graph.inserting_before(node):
         integers = [_integers(graph, x, dtype) for x in operands]
         steps = [x.args[1] for x in operands]
-        after = (_additive(bound.get("attn_mask"), masks), bool(bound.get("is_causal")), scale)
+        after = (_additive(bound.get("attn_mask")), bool(bound.get("is_causal")), scale)
         attended = graph.call_function(ATTENTION, (*integers, *steps[:2], *after))
         result = graph.call_method("to", (attended, torch.float32)) if dtype != torch.float32 else attended
         result = graph.call_function(operator.mul, (result, steps[2]))
@@ -365,12 +365,9 @@ def _integers(graph: Graph, rounding: Node, dtype: torch.dtype) -> Node:
     return graph.call_function(operator.sub, (graph.call_method("to", (codes, dtype)), rounding.args[3]))
 
 
-def _additive(mask: Node | None, known: dict[Node, Node]) -> Node | None:
-    """A mask to be added to scores, made once for all that use it: compilers store truth values slowly."""
+def _additive(mask: Node | None) -> Node | None:
+    """A mask to be added to scores: compilers store truth values slowly."""
     value = _value(mask)
     if mask is None or value is None or value.dtype != torch.bool:
         return mask
-    if mask not in known:
-        with mask.graph.inserting_after(mask):
-            known[mask] = mask.graph.call_function(torch.where, (mask, 0.0, -math.inf))
-    return known[mask]
+    return mask.graph.call_function(torch.where, (mask, 0.0, -math.inf))

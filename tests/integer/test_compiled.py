@@ -46,6 +46,18 @@ def near(model: nn.Module, example: torch.Tensor, actual: torch.Tensor) -> bool:
     return bool((actual - expected).square().sum() <= 1e-4 * expected.square().sum())
 
 
+def _changed_behind(y: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    copied = y.t().reshape(-1, 48)
+    y.add_(1.0)
+    return layer(copied) + y.sum()
+
+
+def _changed_between(y: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    first = layer(y)
+    y.mul_(-1.0)
+    return first + layer(y)
+
+
 LINEAR = {
     "none": (lambda self, x: self.b(self.a(x)), 1, 0),
     "relu": (lambda self, x: self.b(torch.relu(self.a(x))), 1, 0),
@@ -55,6 +67,8 @@ LINEAR = {
     "dropout": (lambda self, x: self.b(F.dropout(self.a(x), 0.5, self.training)), 1, 0),
     "used twice": (lambda self, x: (lambda y: self.b(y) + y.sum())(self.a(x)), 0, 1),
     "sigmoid": (lambda self, x: self.b(self.a(x).sigmoid()), 0, 1),
+    "changed in place behind a view": (lambda self, x: _changed_behind(self.a(x), self.b), 0, 1),
+    "changed in place between two": (lambda self, x: _changed_between(self.a(x), self.b), 0, 2),
     "changed in place": (lambda self, x: self.b(self.a(x).add_(1.0)), 0, 1),
 }
 
@@ -141,6 +155,21 @@ def test_attention_takes_codes_where_there_are_many_scores(
     found, actual = fused(model, example)
     assert found["attention_of_integers"] == taken
     assert found["linear_to_codes"] == 3 * taken
+    assert near(model, example, actual)
+
+
+def test_a_mask_changed_in_place_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_FEW_SCORES", 0)
+    example = torch.randn(2, MANY, 32)
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(MANY, MANY, dtype=torch.bool)
+        mask[:, : MANY // 2] = False
+        return self.m(x, mask)
+
+    model = integer(example, forward, m=Attention())
+    found, actual = fused(model, example)
+    assert found["attention_of_integers"] == 1
     assert near(model, example, actual)
 
 
