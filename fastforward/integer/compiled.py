@@ -84,7 +84,12 @@ def _move_ahead(rounding: Node) -> None:
     while isinstance(source, Node) and _moves(source) and len(source.users) == 1:
         moves.append(source)
         source = source.args[0]
-    if not moves or len(source.users) != 1 or not _is_fresh(source):
+    if (
+        not moves
+        or len(source.users) != 1
+        or not _is_fresh(source)
+        or any(_is_one_row(user) for user in rounding.users)
+    ):
         return
     graph = rounding.graph
     with graph.inserting_before(rounding):
@@ -94,6 +99,12 @@ def _move_ahead(rounding: Node) -> None:
     rounding.replace_all_uses_with(codes)
     for node in (rounding, *moves):
         graph.erase_node(node)
+
+
+def _is_one_row(node: Node) -> bool:
+    """Whether a linear layer multiplies one row; torch's plain product reads moved codes of one row in a wrong order."""
+    value = _value(node)
+    return node.target is LINEAR and value is not None and value.numel() == value.shape[-1]
 
 
 def _is_fresh(node: Node) -> bool:

@@ -198,6 +198,17 @@ def test_what_nobody_uses_is_left_in_the_program() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_flattened_codes_are_multiplied_in_their_order(batch: int) -> None:
+    example = torch.randn(batch, 4, 9, 9)
+    layers = {"a": nn.Conv2d(4, 64, 3), "b": nn.Linear(64 * 49, 8)}
+    model = integer(example, lambda self, x: self.b(torch.relu(self.a(x)).flatten(1)), **layers)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert near(model, example, outputs(torch.compile(copy.deepcopy(model), fullgraph=True), example))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [False, True], ids=["alone", "beside another pass"])
 def test_inductor_runs_the_pass_and_gives_what_eager_gives(monkeypatch: pytest.MonkeyPatch, other: bool) -> None:
     seen: list[torch.fx.Graph] = []

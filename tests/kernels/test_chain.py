@@ -4,6 +4,7 @@ import pytest
 import torch
 from fastforward_kernels import cpu_chain, ops_chain
 from fastforward_kernels import reference_matmul as reference
+from fastforward_kernels.int_mm import int_mm
 
 FACTOR = 2.0**-10
 
@@ -58,3 +59,10 @@ def test_machines_without_exact_products_use_the_reference(monkeypatch: pytest.M
     arguments, after = product(4, "relu"), (None, *grid(0.25, 3), 255)
     assert torch.equal(ops_chain.LINEAR_TO_FLOATS(*arguments), reference.linear_to_floats(*arguments))
     assert torch.equal(ops_chain.LINEAR_TO_CODES(*arguments, *after), reference.linear_to_codes(*arguments, *after))
+
+
+@pytest.mark.parametrize("strides", [(40, 1), (1, 1), (64, 1)])
+def test_a_single_row_is_read_in_order_whatever_its_stride(strides: tuple[int, int]) -> None:
+    codes, weight, *_ = product(1, "none")
+    row = torch.empty_strided((1, 40), strides, dtype=torch.uint8).copy_(codes[0])
+    assert torch.equal(int_mm(row, weight.t()), codes[0].int() @ weight.t().int())
