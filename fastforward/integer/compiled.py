@@ -102,7 +102,7 @@ def _move_ahead(rounding: Node) -> None:
 
 
 def _is_one_row(node: Node) -> bool:
-    """Whether a linear layer multiplies one row; torch's plain product reads moved codes of one row in a wrong order."""
+    """Whether a linear layer multiplies one row, which torch's plain product reads in a wrong order once moved."""
     value = _value(node)
     return node.target is LINEAR and value is not None and value.numel() == value.shape[-1]
 
