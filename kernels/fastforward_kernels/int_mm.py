@@ -22,7 +22,7 @@ def int_mm(codes: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     if codes.shape[1] == 1 and codes.device.type == "cpu":  # torch reads such matrices in the wrong order
         return torch.mul(codes.to(torch.int32), weight.to(torch.int32), out=out)
     if codes.shape[0] == 1 and codes.stride(0) < codes.shape[1]:  # likewise a single row with an odd stride
-        codes = codes.as_strided(codes.shape, (codes.shape[1], 1))
+        codes = codes.flatten().contiguous()[None]
     if TAKES_UINT8 or codes.dtype == torch.int8:
         return torch._int_mm(codes, weight) if out is None else torch._int_mm(codes, weight, out=out)
     signed = (codes ^ 128).view(torch.int8)

@@ -61,7 +61,7 @@ def test_machines_without_exact_products_use_the_reference(monkeypatch: pytest.M
     assert torch.equal(ops_chain.LINEAR_TO_CODES(*arguments, *after), reference.linear_to_codes(*arguments, *after))
 
 
-@pytest.mark.parametrize("strides", [(40, 1), (1, 1), (64, 1)])
+@pytest.mark.parametrize("strides", [(40, 1), (1, 1), (64, 1), (1, 3)])
 def test_a_single_row_is_read_in_order_whatever_its_stride(strides: tuple[int, int]) -> None:
     codes, weight, *_ = product(1, "none")
     row = torch.empty_strided((1, 40), strides, dtype=torch.uint8).copy_(codes[0])
