@@ -205,10 +205,14 @@ class _Convolution:
         self.fusible = _LAYERS[len(self.arguments[_STRIDE])]._fusible
         self.activation = NO_ACTIVATION
         self.norm: dict[str, Any] | None = None
+        self.squeezes: list[Node] = []
 
     def take(self, user: Node) -> bool:
         if self.activation is not NO_ACTIVATION:
             return False
+        if user.target == "squeeze" and user.args[1:] == (2,):  # which makes one dimension of two
+            self.squeezes.append(user)
+            return True
         if user.target is F.batch_norm and self.norm is None:
             names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
             norm = {"eps": 1e-5, "training": False, "weight": None, "bias": None, **_bound(user, *names)}
@@ -234,6 +238,8 @@ class _Convolution:
             scale, int(zero_point), torch.uint8, name, arguments(self.activation), algorithm
         )  # fmt: skip
         result = self.graph.call_function(self.target, tuple(self.arguments))  # type: ignore[arg-type]
+        for squeeze in self.squeezes:
+            result = self.graph.node_copy(squeeze, lambda node, result=result: result)  # type: ignore[misc]
         return result if highest == LEVELS - 1 else self.graph.call_method("clamp", (result, 0, highest))
 
     def settle(self, node: Node, last: Node) -> None:

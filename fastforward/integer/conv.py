@@ -131,25 +131,11 @@ class IntegerConv(MeasuredLayer):
             return y if out is None else out.codes(y)
         self.record.kernel = "onednn"
         codes, bias, point, padding = self._operands_of(codes, epilogue)
-        result: torch.Tensor = onednn.CONVOLUTIONS[self._dimensions - 2](
-            codes,
-            self.grid.scale,
-            point,
-            self._pack(point, codes.shape),
-            epilogue.scale,
-            self._zero_points,
-            bias,
-            self._strides,
-            padding,
-            self._dilations,
-            self.groups,
-            scale,
-            zero_point,
-            dtype,
-            activation.name,
-            arguments(activation),
-            activation.algorithm,
-        )
+        weight = self._pack(point, codes.shape), epilogue.scale, self._zero_points, bias
+        geometry = self._strides, padding, self._dilations
+        after = activation.name, arguments(activation), activation.algorithm
+        operands = self.grid.scale, point, *weight
+        result = onednn.convolve(codes, operands, geometry, self.groups, (scale, zero_point, dtype, *after))
         return onednn.limited(result, out)
 
     def _is_small_matrix(self, codes: torch.Tensor) -> bool:

@@ -51,6 +51,32 @@ def _exact() -> bool:
     return bool((y == 127 * 255 * depth).all()) and bool((int_mm(codes, weight.t()) == 127 * 255 * depth).all())
 
 
+def convolve(
+    codes: torch.Tensor,
+    operands: tuple[Any, ...],
+    geometry: tuple[list[int], list[int], list[int]],
+    groups: int,
+    result: tuple[Any, ...],
+) -> torch.Tensor:
+    """Convolve ``[batch, channels, *size]`` codes.
+
+    Args:
+        codes: The input.
+        operands: Its scale and zero point, the packed weight, its scales and zero points, and the bias.
+        geometry: Stride, padding and dilation per dimension.
+        groups: Groups of channels.
+        result: Scale, zero point and data type of the result, and its activation: name, scalars and algorithm.
+    """
+    dimensions = codes.dim() - 2
+    if dimensions == 1 and torch.compiler.is_compiling():
+        # Weights of one dimension are packed as [out, in, 1, size], and torch derives the traced shape from size 1.
+        stride, padding, dilation = geometry
+        wide = [1, *stride], [0, *padding], [1, *dilation]
+        return convolve(codes.unsqueeze(2), operands, wide, groups, result).squeeze(2)
+    y: torch.Tensor = CONVOLUTIONS[dimensions](codes, *operands, *geometry, groups, *result)
+    return y
+
+
 @functools.lru_cache(maxsize=256)
 def _zeros(channels: int) -> torch.Tensor:
     """The zero points of symmetric weights, as oneDNN wants them."""

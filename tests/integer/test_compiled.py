@@ -128,6 +128,25 @@ def test_a_convolution_takes_in_what_follows_it(name: str) -> None:
     assert near(model, example, actual)
 
 
+@pytest.mark.parametrize("activation", [lambda y: y, F.relu, F.silu])
+def test_a_convolution_of_one_dimension_takes_in_what_follows_it(activation: Any) -> None:
+    example = torch.randn(2, 4, 20)
+    norm = nn.BatchNorm1d(12)
+    norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+    layers = {"a": nn.Conv1d(4, 12, 3, padding=1), "b": nn.Conv1d(12, 6, 3, stride=2), "n": norm}
+    model = integer(example, lambda self, x: self.b(activation(self.n(self.a(x)))), **layers)
+    found, actual = fused(model, example)
+    assert found["round"] == 1
+    assert near(model, example, actual)
+
+
+def test_the_compiler_knows_the_shape_of_a_convolution_of_one_dimension() -> None:
+    example = torch.randn(2, 4, 20)
+    layers = {"a": nn.Conv1d(4, 12, 3), "b": nn.ConvTranspose1d(12, 6, 3, stride=2)}
+    model = integer(example, lambda self, x: self.b(self.a(x)) / self.a(x).shape[-1], **layers)
+    assert near(model, example, fused(model, example)[1])
+
+
 class Attention(ff.nn.QuantizedModule, nn.Module):
     """Query, key and value with quantizers between projection and attention."""
 

@@ -12,7 +12,7 @@ import torch
 import fastforward as ff
 from fastforward.exceptions import QuantizationWarning
 from fastforward.nn.conversion import has_forward
-from tests.zoo import compiled, integers, needless, stubs, text
+from tests.zoo import compiled, compiled_integers, integers, needless, stubs, text
 from tests.zoo.entry import Entry
 from tests.zoo.multiplied import quantize, work
 from tests.zoo.outside import operators_outside
@@ -109,6 +109,23 @@ def conversion(entry: Entry) -> Record:
     return _record(found.problems, integer=found.integer, floating=found.floating, sqnr=found.sqnr)
 
 
+def fused(entry: Entry) -> Record:
+    """A converted model's program after the pass for integer layers, run operator by operator, beside the eager model."""
+    return _compiled_integers(entry, inductor=False)
+
+
+def inductor(entry: Entry) -> Record:
+    """A converted model compiled by Inductor beside the eager one."""
+    return _compiled_integers(entry, inductor=True)
+
+
+def _compiled_integers(entry: Entry, *, inductor: bool) -> Record:
+    if not entry.multiplies:
+        return _record([], skipped="multiplies nothing")
+    found = compiled_integers.check(entry, inductor=inductor)
+    return _record(found.problems, whole=found.whole, sqnr=found.same, operators=found.operators)
+
+
 COLUMNS: dict[str, Callable[[Entry], Record]] = {
     "eval": evaluation,
     "train": training,
@@ -118,6 +135,8 @@ COLUMNS: dict[str, Callable[[Entry], Record]] = {
     "text": text_form,
     "compile": compilation,
     "integer": conversion,
+    "fused": fused,
+    "inductor": inductor,
 }
 
 

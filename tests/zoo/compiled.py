@@ -39,18 +39,24 @@ def check(entry: Entry) -> CompileResult:
     """Compile a model of the zoo in float, with stubs and with quantizers."""
     data = entry.arguments()
     expected = run(entry.make(), data).outputs
-    try:
-        outputs = _compiled(entry.make(), data)
-    except Exception as error:  # noqa: BLE001 - whatever keeps torch from compiling it is the reason
-        return CompileResult(f"{type(error).__name__}: {_first_line(error)}")
-    if differences(expected, outputs, same=same_values):
-        return CompileResult("compiled, the float model itself differs from eager")
+    if reason := why_not_compiled(entry, data, expected):
+        return CompileResult(reason)
     result = CompileResult()
     result.stubs = _differences(ff.quantize_model(entry.make()), data, expected)
     if entry.multiplies:
         model = quickly_quantized(entry, data)
         result.live = _differences(model, data, run(model, data).outputs)
     return result
+
+
+def why_not_compiled(entry: Entry, data: Inputs, expected: Any) -> str:
+    """The reason why the float model does not compile to one graph that gives what is expected; empty if it does."""
+    try:
+        outputs = _compiled(entry.make(), data)
+    except Exception as error:  # noqa: BLE001 - whatever keeps torch from compiling it is the reason
+        return f"{type(error).__name__}: {_first_line(error)}"
+    wrong = differences(expected, outputs, same=same_values)
+    return "compiled, the float model itself differs from eager" if wrong else ""
 
 
 def quickly_quantized(entry: Entry, data: Inputs) -> torch.nn.Module:

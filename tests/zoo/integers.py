@@ -44,20 +44,20 @@ class Converted:
 def check(entry: Entry) -> Converted:
     """Calibrate, simulate, convert, and run several times."""
     data = entry.arguments()
-    exact = _floating(run(entry.make(), data).outputs)
+    exact = floating_tensors(run(entry.make(), data).outputs)
     model = quickly_quantized(entry, data)
-    simulated = _floating(run(model, data).outputs)
+    simulated = floating_tensors(run(model, data).outputs)
     ff.convert(model)
     problems, least = [], float("inf")
     for number in range(RUNS):
-        outputs = _floating(run(model, data).outputs)
+        outputs = floating_tensors(run(model, data).outputs)
         if outputs.keys() != simulated.keys():
             problems.append(f"run {number}: the outputs are {sorted(outputs)}, of the simulation {sorted(simulated)}")
             continue
         for name, value in outputs.items():
-            same = _sqnr(simulated[name], value)
+            same = sqnr(simulated[name], value)
             least = min(least, same)
-            lost, before = _sqnr(exact[name], value), _sqnr(exact[name], simulated[name])
+            lost, before = sqnr(exact[name], value), sqnr(exact[name], simulated[name])
             if same < EQUAL and lost < before - TOLERANCE:
                 what = f"{lost:.1f} dB from float, {before:.1f} dB simulated"
                 problems.append(f"run {number}: {name} is {what}, {same:.1f} dB from the simulation")
@@ -66,7 +66,7 @@ def check(entry: Entry) -> Converted:
     return Converted(problems, sum(link.is_integer for link in links), dict(floating), least)
 
 
-def _floating(outputs: Any) -> dict[str, torch.Tensor]:
+def floating_tensors(outputs: Any) -> dict[str, torch.Tensor]:
     """The floating tensors of an output by name, but for what detectors find."""
     return {
         name: t.detach().double()
@@ -75,7 +75,7 @@ def _floating(outputs: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _sqnr(signal: torch.Tensor, value: torch.Tensor) -> float:
+def sqnr(signal: torch.Tensor, value: torch.Tensor) -> float:
     keep = torch.isfinite(signal)
     if not torch.equal(keep, torch.isfinite(value)):
         return float("-inf")

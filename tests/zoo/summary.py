@@ -8,7 +8,7 @@ from typing import Any
 Records = dict[tuple[str, str], dict[str, Any]]
 _HEAD = (
     "library", "models", "eval", "train", "calibrated", "MACs %", "SQNR", "ran", "outside", "unknown", "surrogates",
-    "text", "classes", "compile", "stubs", "live", "needless", "integer", "layers",
+    "text", "classes", "compile", "stubs", "live", "needless", "integer", "layers", "fused", "inductor",
 )  # fmt: skip
 
 
@@ -62,11 +62,13 @@ def _row(library: str, records: Records) -> tuple[str, ...]:
         str(_total([*products, *_of(records, "evidence")], "needless")),
         _good(_of(records, "integer")),
         str(_total(_of(records, "integer"), "integer")),
+        _good(_of(records, "fused")),
+        _good(_of(records, "inductor")),
     )
 
 
 def _left_out(records: Records) -> Iterable[str]:
-    for column in ("train", "products", "evidence", "text", "compile", "integer"):
+    for column in ("train", "products", "evidence", "text", "compile", "integer", "fused", "inductor"):
         reasons = Counter(r["skipped"][:140] for r in _of(records, column) if "skipped" in r)
         for reason, count in reasons.most_common():
             yield f"  left out of {column}: {count} x {reason}"

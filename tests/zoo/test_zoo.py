@@ -30,6 +30,14 @@ SPREAD = {
         "transformers/bert",
         "transformers/decision_transformer",
     ),
+    "fused": (
+        "torch.nn/ConvTranspose1d",
+        "torch.nn/TransformerEncoderLayer",
+        "torchvision/resnet18",
+        "timm/test_vit",
+        "transformers/bert",
+    ),
+    "inductor": ("torch.nn/Sequential", "timm/test_resnet"),
 }
 
 
