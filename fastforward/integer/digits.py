@@ -4,10 +4,7 @@ Each row is scaled so that its largest value fills a float's mantissa. Adding ``
 integer in the bits of the sum, whose lower three bytes are the digits: 23 bits per value, as good as float32 itself.
 """
 
-import threading
-import weakref
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
@@ -21,8 +18,6 @@ CENTER = _MIDDLE / sum(_PLACES)
 
 _magic = torch.tensor(_MAGIC)
 _places = torch.tensor([_PLACES]) / LARGEST
-_last = threading.local()
-Converted = TypeVar("Converted")
 
 
 def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,21 +49,6 @@ def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def digits_of_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``digits`` of the rows of ``x [..., k]``, of any float dtype."""
     return digits(x.detach().reshape(-1, x.shape[-1]).float().contiguous())
-
-
-def shared(x: torch.Tensor, convert: Callable[[torch.Tensor], Converted]) -> Converted:
-    """``convert(x)``; that of the latest tensor is kept for its next user.
-
-    Several layers often take the same tensor. Inference tensors do not tell when they change, so nothing is kept of
-    them.
-    """
-    known = getattr(_last, "known", None)
-    if known is not None and known[0]() is x and known[1:3] == (x._version, convert):
-        return known[3]  # type: ignore[no-any-return]
-    result = convert(x)
-    if not x.is_inference() and not torch.compiler.is_compiling():
-        _last.known = (weakref.ref(x), x._version, convert, result)
-    return result
 
 
 def multiply(

@@ -4,11 +4,18 @@ from typing import Any
 
 import fastforward_kernels as kernels
 import torch
+from fastforward_kernels import memory
+from fastforward_kernels.cpu_matmul import packed_linear
 from fastforward_kernels.int_mm import int_mm
+from fastforward_kernels.ops_chain import LINEAR_TO_FLOATS
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn
+from fastforward.integer.grid import in_blocks
 from fastforward.integer.layer import become, output_from_json, output_to_json, require_shape, successor
+from fastforward.integer.row_codes import RowCodes, RowRounding, row_rounding
+from fastforward.integer.shared import shared
+from fastforward.integer.tracing import fuses
 from fastforward.integer.weights import channel_sums, integer_weight, keeping_scales, require_integer, tensors_of
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.linear import QuantizedLinear
@@ -16,11 +23,7 @@ from fastforward.nn.operands import quantize_parameter
 from fastforward.nn.quantizer import Quantizer
 from fastforward.quantization.granularity import PerTensor, PerToken
 
-_MAGIC = 1.5 * 2.0**23
-"""A float32 sum with this is rounded to an integer, ties to even."""
-_BLOCK_ROWS = 256
 _GRANULARITIES = {"PerTensor": PerTensor, "PerToken": PerToken}
-_magic = torch.tensor(_MAGIC)
 
 
 class IntegerDynamicLinear(torch.nn.Linear):
@@ -38,6 +41,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
     quantizer: DynamicLinearQuantizer
     output_quantizer: Quantizer | None
     _packed: torch.Tensor | None
+    _rounding: RowRounding
     _sums: torch.Tensor
     _real_sums: torch.Tensor
 
@@ -78,6 +82,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
 
     def _prepare(self) -> None:
         """Compute what is derived from the weight; compilers find it there."""
+        self._rounding = row_rounding(self.quantizer.grid, self.quantizer.granularity)
         sums = channel_sums(self.weight_int8)
         self._packed, self._sums = None, sums.to(torch.int32)
         self._real_sums = (sums * self.weight_scale.double()).float()
@@ -86,49 +91,46 @@ class IntegerDynamicLinear(torch.nn.Linear):
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
         if input.numel() == 0:
             return input.new_empty(*input.shape[:-1], self.out_features)
-        x = input.detach()
-        x = x if self.inverse_smoothing is None else x * self.inverse_smoothing
-        scale, zero_point = self.quantizer.parameters_for(x)
-        if x.device.type != "cpu":
-            y = self._by_kernels(x, scale, zero_point, input.dtype)
-            return y if self.output_quantizer is None else self.output_quantizer(y)
-        zero_point = zero_point.sub(self.quantizer.quant_min).float()
-        rows = x.reshape(-1, self.in_features).float()
-        parameters = (p.reshape(-1, 1).expand(rows.shape[0], 1) for p in (scale, zero_point))
-        y = self._product(rows, *parameters)
-        y = y.view(*input.shape[:-1], self.out_features).to(input.dtype)
+        smoothing = self.inverse_smoothing
+        if input.device.type != "cpu":
+            y = self._by_kernels(input.detach() if smoothing is None else input.detach() * smoothing, input.dtype)
+        else:
+            rounding = self._rounding
+            rows = shared(input, rounding) if smoothing is None else rounding(input.detach() * smoothing)
+            y = self._traced(rows) if torch.compiler.is_compiling() else self._product(rows)
+            y = y.view(*input.shape[:-1], self.out_features).to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
-    def _by_kernels(
-        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _by_kernels(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The whole layer in one operator, which quantizes the input on its way."""
+        scale, zero_point = self.quantizer.parameters_for(x)
         packed = kernels.PackedWeight(self.weight_int8, self.weight_scale, None, self._sums)
         grid = (self.quantizer.quant_min, self.quantizer.quant_max)
         bias = None if self.bias is None else self.bias.detach().float()
         parameters = scale.float(), zero_point.to(torch.int32)
         return kernels.int8_linear(x, *parameters, packed, x_range=grid, bias=bias, out_dtype=dtype)
 
-    def _product(self, rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        """Multiply ``[m, in_features]``, parameters ``[m, 1]``, a block of rows at a time that stays in the cache."""
-        if torch.compiler.is_compiling():
-            codes = torch.round(rows * (1 / scale)).add(zero_point).clamp(0, self._highest()).to(torch.uint8)
-            return self._finished(int_mm(codes, self.weight_int8.t()) * self.weight_scale, scale, zero_point)
-        blocks = zip(*(t.split(_BLOCK_ROWS) for t in (rows, scale, zero_point)), strict=True)
-        results = [self._finished(self._multiplied(self._codes(*block)), *block[1:]) for block in blocks]
-        return results[0] if len(results) == 1 else torch.cat(results)
+    def _traced(self, rows: RowCodes) -> torch.Tensor:
+        """The product in operators that compilers and exporters understand; an exported program runs without ours."""
+        codes, scale, zero_point = rows
+        if fuses("cpu"):
+            nothing = torch.zeros_like(self.weight_scale)
+            product = LINEAR_TO_FLOATS(codes, self.weight_int8, self.weight_scale, nothing, "none")
+        else:
+            product = int_mm(codes, self.weight_int8.t()) * self.weight_scale
+        y = (product - zero_point * self._real_sums) * scale
+        return y if self.bias is None else y + self.bias.detach()
 
-    def _codes(self, rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        """``clamp(round(x / scale) + zero_point)`` as uint8, per row."""
-        shifted = torch.addcmul(_magic, rows, 1 / scale).add_(zero_point - _MAGIC)
-        quantized = torch.quantize_per_tensor(shifted, 1.0, 0, torch.quint8)
-        codes = torch.empty(0, dtype=torch.uint8).set_(
-            quantized.untyped_storage(), 0, quantized.shape, quantized.stride()
-        )
-        return codes if self._highest() == 255 else codes.clamp_(max=self._highest())
-
-    def _highest(self) -> int:
-        return self.quantizer.quant_max - self.quantizer.quant_min
+    def _product(self, rows: RowCodes) -> torch.Tensor:
+        """Multiply by blocks of rows that stay in the cache; each operator has one parameter, as ATen likes."""
+        y = memory.mapped(torch.empty(rows.codes.shape[0], self.out_features))
+        offsets = (-rows.zero_point * rows.scale).flatten()
+        parts = (in_blocks(t, self.out_features) for t in (rows.codes, rows.scale, offsets, y))
+        for codes, scale, offset, target in zip(*parts, strict=True):
+            torch.mul(self._multiplied(codes), scale, out=target).addr_(offset, self._real_sums)
+            if self.bias is not None:
+                target.add_(self.bias.detach())
+        return y
 
     def _multiplied(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes times the weight in real units, float32."""
@@ -140,14 +142,9 @@ class IntegerDynamicLinear(torch.nn.Linear):
         )
         return product
 
-    def _finished(self, product: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        """Take off what the zero points add, scale rows, add the bias."""
-        product = torch.addcmul(product, zero_point, self._real_sums, value=-1)
-        return product * scale if self.bias is None else torch.addcmul(self.bias.detach(), product, scale)
-
     def _pack(self) -> torch.Tensor:
         if self._packed is None:
-            self._packed = torch.ops.onednn.qlinear_prepack(self.weight_int8, None)
+            self._packed = packed_linear(self.weight_int8)
         return self._packed
 
     @property

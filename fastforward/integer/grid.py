@@ -202,6 +202,6 @@ def joined(blocks: list[torch.Tensor]) -> torch.Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def quantize_dequantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+def quantize_dequantize(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
     """Round float32 ``x`` to the values of an 8-bit grid."""
-    return torch.quantize_per_tensor(x.detach(), grid.scale, grid.zero_point, torch.quint8).dequantize()
+    return torch.quantize_per_tensor(x.detach(), scale, zero_point, torch.quint8).dequantize()

@@ -6,6 +6,7 @@ tensor is rounded by torch's fused operators.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from fastforward_kernels.ops_chain import ROUND_TO_GRID
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer.deferred import Deferred
 from fastforward.integer.finite import is_ordinary
-from fastforward.integer.grid import Grid, grid_of, quantize_dequantize
+from fastforward.integer.grid import LEVELS, Grid, grid_of, quantize_dequantize
 from fastforward.integer.tracing import fuses
+from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.quantizer import Quantizer
+from fastforward.quantization.granularity import PerTensor
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,11 +43,11 @@ class IslandRounding:
             return type(self.quantizer).simulate(self.quantizer, x)
         if type(x) is Deferred:
             return x.rounded(self.grid)
-        if x.dtype != torch.float32 or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+        if not _is_plain(x):
             return type(self.quantizer).simulate(self.quantizer, x)
         if not is_ordinary(x, self.grid.scale):
             return type(self.quantizer).simulate(self.quantizer, x)  # NaN stays NaN
-        return quantize_dequantize(x, self.grid)
+        return quantize_dequantize(x, self.grid.scale, self.grid.zero_point)
 
     def _stale(self) -> bool:
         """Whether the quantizer has got another range since."""
@@ -56,14 +59,59 @@ class IslandRounding:
         return {**self.__dict__, "version": None}  # a copy's scale counts its changes anew
 
 
+@dataclasses.dataclass(eq=False)
+class DynamicIslandRounding:
+    """The same for a quantizer with one grid per tensor, which it takes from the tensor's own range."""
+
+    quantizer: DynamicLinearQuantizer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Round ``x`` to a grid of its own."""
+        quantizer = self.quantizer
+        if type(x) is Deferred or not _is_plain(x) or not x.numel():
+            return type(quantizer).simulate(quantizer, x)
+        if torch.compiler.is_compiling():
+            if not fuses("cpu"):
+                return type(quantizer).simulate(quantizer, x)
+            scale, zero_point = quantizer.parameters_for(x)
+            highest = quantizer.quant_max - quantizer.quant_min
+            return ROUND_TO_GRID(x, scale, scale.reciprocal(), zero_point - quantizer.quant_min, highest)
+        scale, zero_point = quantizer.parameters_for(x)
+        step = float(scale)
+        if not math.isfinite(step):
+            return type(quantizer).simulate(quantizer, x)  # NaN stays NaN
+        return quantize_dequantize(x, step, int(zero_point) - quantizer.quant_min)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
+
+
 def speed_up(quantizer: Quantizer) -> None:
     """Let an active 8-bit quantizer round by codes; one of another kind is left as it is."""
-    if not isinstance(quantizer, LinearQuantizer) or "simulate" in quantizer.__dict__ or quantizer.scale.requires_grad:
+    if "simulate" in quantizer.__dict__:
         return
+    rounding: Any = None
+    if isinstance(quantizer, LinearQuantizer):
+        rounding = _static(quantizer)
+    elif type(quantizer) is DynamicLinearQuantizer and _has_one_grid(quantizer):
+        rounding = DynamicIslandRounding(quantizer)
+    if rounding is not None:
+        object.__setattr__(quantizer, "simulate", rounding)
+
+
+def _static(quantizer: LinearQuantizer) -> IslandRounding | None:
+    if quantizer.scale.requires_grad or quantizer.scale.is_inference():
+        return None
     try:
         grid = grid_of(quantizer)
     except UnsupportedOperatorError:
-        return
-    if grid.highest == 255 and not quantizer.scale.is_inference():
-        rounding: Any = IslandRounding(quantizer, grid, quantizer.scale._version)
-        object.__setattr__(quantizer, "simulate", rounding)
+        return None
+    return IslandRounding(quantizer, grid, quantizer.scale._version) if grid.highest == LEVELS - 1 else None
+
+
+def _has_one_grid(quantizer: DynamicLinearQuantizer) -> bool:
+    """Whether the quantizer takes one grid of 256 integers from the range of each tensor."""
+    levels = quantizer.quant_max - quantizer.quant_min + 1
+    per_tensor = isinstance(quantizer.granularity, PerTensor)
+    return per_tensor and levels == LEVELS and quantizer.parameter_inference_fn is None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastforward_kernels.cpu_matmul import packed_linear
 from fastforward_kernels.int_mm import int_mm
 from fastforward_kernels.ops_chain import LINEAR_TO_FLOATS
 
@@ -206,7 +207,7 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
 
     def _pack(self) -> torch.Tensor:
         if self._packed is None:
-            self._packed = torch.ops.onednn.qlinear_prepack.default(self.weight_int8, None)
+            self._packed = packed_linear(self.weight_int8)
         return self._packed
 
     def _transposed(self) -> torch.Tensor:

@@ -48,7 +48,7 @@ class _Memory:
     def __init__(self, shape: torch.Size, scale: float, zero_point: int) -> None:
         with torch.inference_mode(False):
             quantized = torch._empty_affine_quantized(shape, scale=scale, zero_point=zero_point, dtype=torch.quint8)
-            codes = _integers(quantized)
+            codes = integers(quantized)
         self._quantized, self._codes = quantized, codes
         self._storage = codes.untyped_storage()._cdata
         # As fill will count them: this object and a local name of its own hold the codes.
@@ -65,10 +65,10 @@ class _Memory:
 
 def quantize_uint8(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
     """``clamp(round(x * (1 / scale)) + zero_point, 0, 255)`` as uint8, in new memory."""
-    return _integers(torch.quantize_per_tensor(x, scale, zero_point, torch.quint8))
+    return integers(torch.quantize_per_tensor(x, scale, zero_point, torch.quint8))
 
 
-def _integers(quantized: torch.Tensor) -> torch.Tensor:
+def integers(quantized: torch.Tensor) -> torch.Tensor:
     """The integers of a quantized tensor, in its memory: ``int_repr`` would copy them."""
     codes = torch.empty(0, dtype=torch.uint8, device=quantized.device)
     return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())

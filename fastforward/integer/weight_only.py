@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from fastforward_kernels import memory
+from fastforward_kernels.cpu_matmul import packed_linear
 from fastforward_kernels.int_mm import int_mm
+from fastforward_kernels.ops_chain import LINEAR_TO_FLOATS
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
 from fastforward.integer.layer import become, successor
+from fastforward.integer.shared import shared
+from fastforward.integer.tracing import fuses
 from fastforward.integer.weights import (
     channel_sums,
     integer_weight,
@@ -48,7 +52,8 @@ class WeightOnlyLinear(torch.nn.Linear):
     weight_scale: torch.Tensor
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
     group: int
-    _packed: tuple[torch.Tensor, ...] | None
+    _offset: torch.Tensor
+    _packed: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "WeightOnlyLinear":
@@ -73,7 +78,7 @@ class WeightOnlyLinear(torch.nn.Linear):
         if bias is not self.bias:
             self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
         self.group = group
-        self._packed = None
+        self._prepare()
         if group:
             memory.use_huge_pages(self.weight_int4.data_ptr(), self.weight_int4.nbytes)
 
@@ -101,35 +106,38 @@ class WeightOnlyLinear(torch.nn.Linear):
         return y if y.dtype == input.dtype else y.to(input.dtype)
 
     def _int4(self, input: torch.Tensor) -> torch.Tensor:
-        rows = digits.shared(input, _bfloat16_rows)
+        rows = shared(input, _bfloat16_rows)
         return torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group, self.weight_scale).float()
 
     def _int8(self, input: torch.Tensor) -> torch.Tensor:
-        split, values = digits.shared(input, digits.digits_of_rows)
+        split, values = shared(input, digits.digits_of_rows)
         plain = torch.compiler.is_compiling() or not onednn.has_onednn()
-        return digits.multiply(split, values, self._int_mm if plain else self._onednn)
+        return digits.multiply(split, values, self._traced if plain else self._onednn)
 
-    def _int_mm(self, codes: torch.Tensor) -> torch.Tensor:
-        offset = self.weight_int8.sum(1, dtype=torch.float32) * -digits.CENTER
-        product = (int_mm(codes.flatten(0, -2), self.weight_int8.t()) + offset) * self.weight_scale
-        return product.view(*codes.shape[:-1], -1)
+    def _traced(self, codes: torch.Tensor) -> torch.Tensor:
+        """The product in operators that compilers and exporters understand; an exported program runs without ours."""
+        if fuses("cpu"):
+            return LINEAR_TO_FLOATS(codes, self.weight_int8, self.weight_scale, self._offset, "none")
+        product = int_mm(codes.flatten(0, -2), self.weight_int8.t())
+        return torch.addcmul(self._offset, product, self.weight_scale).view(*codes.shape[:-1], -1)
 
     def _onednn(self, codes: torch.Tensor) -> torch.Tensor:
-        """Multiply by the packed weight; the bias takes off what the digits of real zero add."""
-        packed, scale, offset, zeros = self._packed or self._pack()
+        packed, zeros = self._packed or self._pack()
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            codes, 1.0, 0, packed, scale, zeros, offset, 1.0, 0, torch.float32, "none", [], ""
+            codes, 1.0, 0, packed, self.weight_scale, zeros, self._offset, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
 
-    def _pack(self) -> tuple[torch.Tensor, ...]:
-        scale = self.weight_scale
-        offset = channel_sums(self.weight_int8) * scale.double() * -digits.CENTER
-        packed = torch.ops.onednn.qlinear_prepack.default(self.weight_int8, None)
-        if hasattr(torch.ops.mkldnn, "data_ptr"):  # not every version tells where a packed weight lies
-            memory.use_huge_pages(torch.ops.mkldnn.data_ptr(packed), self.weight_int8.nbytes)
-        self._packed = packed, scale, offset.float(), onednn._zeros(self.out_features)
+    def _pack(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._packed = packed_linear(self.weight_int8), onednn._zeros(self.out_features)
         return self._packed
+
+    def _prepare(self) -> None:
+        """Compute what is derived from the weight; compilers find it there."""
+        self._packed = None
+        if not self.group:
+            # What the digits of real zero add to a product, and is to be taken off again.
+            self._offset = (channel_sums(self.weight_int8) * self.weight_scale.double() * -digits.CENTER).float()
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -143,9 +151,9 @@ class WeightOnlyLinear(torch.nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightOnlyLinear":
         """Move with the model; scales keep their type."""
-        self._packed = None
         with keeping_scales(self):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._prepare()
         return self
 
     def chain_link(self) -> tuple[str, str, str, str]:

@@ -227,4 +227,4 @@ def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
 
 def _usable(scale: Tensor) -> Tensor:
     """Replace a scale of zero by 1 and keep others normal, so that ``1 / scale`` is finite."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=4 * TINY))
+    return scale.clamp(min=4 * TINY).masked_fill_(scale == 0, 1.0)

@@ -84,6 +84,8 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     if isinstance(granularity, PerTensor):
         low, high = torch.aminmax(in_storage_order(x))
         return low, high
+    if isinstance(granularity, PerToken):
+        return x.amin(-1), x.amax(-1)
     if isinstance(granularity, PerChannel):
         kept = granularity.kept_dims(x.dim())
         dims = tuple(dim for dim in range(x.dim()) if dim not in kept)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastforward_kernels import reference_matmul as reference
-from fastforward_kernels.cpu_matmul import PACKS, POST_OPS, exact_onednn
+from fastforward_kernels.cpu_matmul import PACKS, POST_OPS, exact_onednn, packed_linear
 from fastforward_kernels.cpu_sweep import CHUNK
 
 _LEAST_ROWS = 128  # of a block: fewer would not be worth a call
@@ -69,7 +69,7 @@ def _product(
     zero_point: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    pack = PACKS.get(weight, "linear", lambda: torch.ops.onednn.qlinear_prepack(weight, None))
+    pack = packed_linear(weight)
     zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
     name, algorithm = POST_OPS[activation]
     y: Tensor = torch.ops.onednn.qlinear_pointwise.default(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforward_kernels import cpu, epilogue
+from fastforward_kernels import cpu, epilogue, memory
 from fastforward_kernels import reference_matmul as reference
 from fastforward_kernels.int_mm import int_mm
 from fastforward_kernels.packing import PackCache
@@ -160,7 +160,7 @@ def _onednn_linear(
             x, zero_point, x_scale, weight, weight_scale, bias, residual, "none", torch.float32, None, None
         )
         return _converted(epilogue.ACTIVATIONS[activation](y), out_dtype, out_scale, out_zero_point)
-    pack = PACKS.get(weight, "linear", lambda: torch.ops.onednn.qlinear_prepack(weight, None))
+    pack = packed_linear(weight)
     zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
     step, made = _made_by_onednn(out_dtype, out_scale, out_zero_point)
     name, algorithm = POST_OPS[activation]
@@ -171,6 +171,19 @@ def _onednn_linear(
         post_op: tuple[Any, ...] = (1.0, 0, "add", 1.0, name, [], algorithm)
         y = torch.ops.onednn.qlinear_pointwise.binary(*inputs, residual.float(), bias, step, 0, made, *post_op)
     return _converted(y, out_dtype, out_scale, out_zero_point)
+
+
+def packed_linear(weight: Tensor) -> Tensor:
+    """Return int8 ``weight [n, k]`` in the order that oneDNN's linear operators want, made once, in huge pages."""
+
+    def pack() -> Tensor:
+        packed: Tensor = torch.ops.onednn.qlinear_prepack.default(weight, None)
+        if hasattr(torch.ops.mkldnn, "data_ptr"):  # not every version tells where a packed weight lies
+            memory.use_huge_pages(torch.ops.mkldnn.data_ptr(packed), weight.nbytes)
+        return packed
+
+    made: Tensor = PACKS.get(weight, "linear", pack)
+    return made
 
 
 def _made_by_onednn(

@@ -114,20 +114,6 @@ def test_layers_share_the_digits_of_a_tensor_until_it_changes() -> None:
             assert torch.equal(second(x), second(x.clone()))
 
 
-def test_the_latest_conversion_of_a_tensor_is_kept() -> None:
-    x, converted = torch.randn(2, 8), []
-
-    def halves(x: torch.Tensor) -> torch.Tensor:
-        converted.append(x)
-        return x / 2
-
-    assert torch.equal(digits.shared(x, halves), digits.shared(x, halves))
-    assert len(converted) == 1
-    assert torch.equal(digits.shared(x, torch.neg), -x), "another conversion is another result"
-    x.add_(1)
-    assert torch.equal(digits.shared(x, halves), x / 2)
-
-
 @pytest.mark.parametrize("name", ["int8 per channel", "int4 in groups of 128"])
 def test_weights_are_put_in_huge_pages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
