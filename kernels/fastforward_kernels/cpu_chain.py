@@ -14,8 +14,7 @@ def linear_to_floats(codes: Tensor, weight: Tensor, factor: Tensor, bias: Tensor
     """See :func:`reference_matmul.linear_to_floats`."""
     if not exact_onednn() or not codes.numel() * weight.numel():
         return reference.linear_to_floats(codes, weight, factor, bias, activation)
-    y = _product(codes.reshape(-1, weight.shape[1]), weight, factor, bias, activation)
-    return y.view(*codes.shape[:-1], weight.shape[0])
+    return _product(codes, weight, factor, bias, activation)
 
 
 def linear_to_codes(
@@ -60,7 +59,7 @@ def _smoothed(
 
 
 def _product(
-    rows: Tensor,
+    codes: Tensor,
     weight: Tensor,
     factor: Tensor,
     bias: Tensor,
@@ -73,7 +72,7 @@ def _product(
     zeros = PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64))
     name, algorithm = POST_OPS[activation]
     y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        rows.contiguous(), 1.0, 0, pack, factor, zeros, bias, scale, zero_point, dtype, name, [], algorithm
+        codes.contiguous(), 1.0, 0, pack, factor, zeros, bias, scale, zero_point, dtype, name, [], algorithm
     )
     return y
 
