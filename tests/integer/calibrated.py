@@ -1,5 +1,6 @@
 """Models with quantizers whose ranges are set by hand, for the tests of integer execution."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,21 @@ def outputs(model: nn.Module, *inputs: Any, runs: int = 1) -> torch.Tensor:
 def close(simulation: torch.Tensor, integers: torch.Tensor) -> bool:
     """Equal within float rounding of a sum of products."""
     return bool(torch.allclose(simulation, integers, rtol=1e-4, atol=2e-5 * float(simulation.abs().max())))
+
+
+def compiled_operators(model: nn.Module, *inputs: Any) -> Counter[str]:
+    """The operators of the program that a compiler is given, by name."""
+    found: Counter[str] = Counter()
+
+    def backend(program: torch.fx.GraphModule, _: Any) -> Any:
+        found.update(
+            getattr(node.target, "__name__", str(node.target)).partition(".")[0] for node in program.graph.nodes
+        )
+        return program
+
+    torch._dynamo.reset()
+    outputs(torch.compile(model, fullgraph=True, backend=backend), *inputs)
+    return found
 
 
 class Net(nn.Module):

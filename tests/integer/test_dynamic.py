@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
-from calibrated import close, outputs, weight_quantizer
+from calibrated import close, compiled_operators, outputs, weight_quantizer
 from test_layers import FloatProducts
 
 import fastforward as ff
 from fastforward.integer import IntegerDynamicLinear
+from fastforward.integer.islands import DynamicIslandRounding, speed_up
+from fastforward.integer.onednn import has_onednn
+from fastforward.integer.row_codes import RowRounding
 
 nn = torch.nn
 
@@ -81,6 +84,52 @@ def test_compiled_gives_the_same() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     actual = outputs(compiled, example)  # before any eager call
     assert close(outputs(model, example), actual)
+
+
+def test_compiled_layers_are_one_operator_each() -> None:
+    assert compiled_operators(ff.convert(_simulated()), torch.randn(20, 64))["linear_to_floats"] == has_onednn()
+
+
+def test_layers_share_the_codes_of_a_tensor_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (ff.convert(_simulated(bias=bias)) for bias in (True, False))
+    rounded, x = [], torch.randn(5, 64)
+    kept = RowRounding._rounded
+    monkeypatch.setattr(RowRounding, "_rounded", lambda self, *args: rounded.append(1) or kept(self, *args))
+    outputs(first, x)
+    together = outputs(second, x)
+    assert len(rounded) == 1
+    assert torch.equal(outputs(second, x.clone()), together)
+    x.mul_(2)
+    assert not torch.equal(outputs(second, x), together)
+
+
+def test_codes_are_those_of_the_quantizer_in_blocks_too() -> None:
+    quantizer = ff.nn.DynamicLinearQuantizer(**ACTIVATIONS["per token"])
+    halfway = torch.cat((torch.tensor([0.0, 255.0]), torch.arange(62) + 0.5))
+    x = torch.cat((torch.randn(3000, 64) + 0.3, halfway[None]))
+    rows = RowRounding(quantizer.grid, quantizer.granularity)(x)
+    assert torch.equal((rows.codes - rows.zero_point) * rows.scale, quantizer(x))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_quantizers_outside_of_layers_round_as_before(value: float) -> None:
+    quantizer = ff.nn.DynamicLinearQuantizer(8, symmetric=False)
+    x = torch.randn(4, 33) * 3 + 1
+    x[0, 0] = value
+    expected = quantizer(x)
+    speed_up(quantizer)
+    assert isinstance(quantizer.__dict__["simulate"], DynamicIslandRounding)
+    for program in (quantizer, torch.compile(quantizer, fullgraph=True, backend="aot_eager")):
+        assert torch.equal(program(x).nan_to_num(), expected.nan_to_num())
+    gradient = torch.autograd.grad(quantizer(y := torch.randn(5, requires_grad=True)).sum(), y)
+    assert torch.equal(gradient[0], torch.ones(5))
+
+
+@pytest.mark.parametrize("options", [{"num_bits": 4}, {"num_bits": 8, "granularity": ff.PerToken()}], ids=str)
+def test_quantizers_with_other_grids_are_left_alone(options: dict[str, object]) -> None:
+    quantizer = ff.nn.DynamicLinearQuantizer(**options)
+    speed_up(quantizer)
+    assert "simulate" not in quantizer.__dict__
 
 
 def test_saving_loading_copying_and_moving(tmp_path) -> None:

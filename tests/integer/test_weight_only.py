@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from calibrated import close, outputs
+from calibrated import close, compiled_operators, outputs
 from fastforward_kernels import memory
 
 import fastforward as ff
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import WeightOnlyLinear, digits
+from fastforward.integer.onednn import has_onednn
 
 nn = torch.nn
 
@@ -122,6 +123,14 @@ def test_weights_are_put_in_huge_pages(name: str, monkeypatch: pytest.MonkeyPatc
     model(torch.randn(1, 256))
     model(torch.randn(1, 256))
     assert asked == [256 * 48 // (2 if "int4" in name else 1)]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_compiled_products_do_not_sum_the_weight_again(rows: int) -> None:
+    model, example = ff.convert(_simulated(*FORMATS["int8 per channel"])), torch.randn(rows, 256)
+    found = compiled_operators(model, example)
+    assert found["linear_to_floats"] == has_onednn() and "sum" not in found
+    assert close(outputs(model, example), outputs(torch.compile(model, backend="aot_eager"), example))
 
 
 @pytest.mark.parametrize("granularity", [ff.PerTensor(), ff.PerChannel(0), ff.PerGroup(32)], ids=str)
