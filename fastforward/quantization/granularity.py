@@ -95,8 +95,11 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
 
 
 def in_storage_order(x: Tensor) -> Tensor:
-    """Return ``x`` with its axes in the order of memory, which spares reductions a copy of transposed tensors."""
-    if x.is_contiguous():
+    """Return ``x`` with its axes in the order of memory, which spares reductions a copy of transposed tensors.
+
+    Compilers make no such copy, and cannot sort strides that they do not know.
+    """
+    if torch.compiler.is_compiling() or x.is_contiguous():
         return x
     strides = x.stride()
     return x.permute(sorted(range(x.dim()), key=lambda dim: -strides[dim]))

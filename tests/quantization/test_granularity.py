@@ -93,3 +93,11 @@ def test_per_axis_is_per_channel():
 )
 def test_granularity_from_block_size(block_size, shape, granularity):
     assert granularity_from_block_size(block_size, shape) == granularity
+
+
+@pytest.mark.parametrize("quantizer", [ff.nn.DynamicLinearQuantizer(8), ff.nn.DynamicFloat8Quantizer()], ids=repr)
+def test_ranges_of_transposed_tensors_of_any_size_are_compiled(quantizer: torch.nn.Module) -> None:
+    compiled = torch.compile(lambda x: quantizer(x.transpose(1, 2)), fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 5, 8), (3, 7, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(compiled(x), quantizer(x.transpose(1, 2)))
