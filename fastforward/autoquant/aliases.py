@@ -127,6 +127,10 @@ class Aliases:
         """Whether a tensor that ``value`` may be is changed in place."""
         return not self.changed.isdisjoint(_names(self.held(value)))
 
+    def is_handed_back(self, value: ast.expr) -> bool:
+        """Whether the function returns ``value``, which may be an argument that its caller then changes in place."""
+        return any(value is returned for returned in self._returns) and bool(self._origins([value]))
+
     # ---------------------------------------------------------------- what the nodes say
     def _note(self, node: ast.AST) -> None:
         method = getattr(self, f"_at_{type(node).__name__}", None)

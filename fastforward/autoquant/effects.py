@@ -23,6 +23,9 @@ from fastforward.autoquant.source import likely
 Resolver = Callable[[ast.expr], Any]
 _INPUT = ast.arguments([], [ast.arg("input")], None, [], [], None, [])
 _IN_PLACE = Effects(_INPUT, frozenset(["input"]), frozenset(["input"]))
+_HANDED_BACK = Effects(_INPUT, returned=frozenset(["input"]))
+# Layers of torch that hand their input back where they have nothing to do (outside training).
+_IDLE = (torch.nn.Identity, torch.nn.modules.dropout._DropoutNd)
 
 
 class EffectsOf:
@@ -86,6 +89,8 @@ class EffectsOf:
     def _of_made(self, made: type[torch.nn.Module], call: ast.Call, only_changes: bool) -> Effects | None:
         if _made_in_place(made, call):
             return _IN_PLACE
+        if issubclass(made, _IDLE):
+            return _HANDED_BACK
         forward = made.forward
         if made.__module__.startswith("torch.") or not isinstance(forward, types.FunctionType):
             return None

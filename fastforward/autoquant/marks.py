@@ -477,12 +477,12 @@ class _Marker:
         return site
 
     def _is_changed(self, node: ast.Call, operator: Operator) -> bool:
-        """Whether the result is, or may be, the first argument itself, and that tensor is changed in place."""
+        """Whether the result is, or may be, the first argument, and a change of that in place is to be seen."""
         if works_in_place(node) or is_in_place(node):
             return bool(node.args)
         if not is_idle(operator) or not node.args:
             return False
-        return self.aliases[-1].is_changed(node.args[0])
+        return self.aliases[-1].is_changed(node.args[0]) or self.aliases[-1].is_handed_back(node)
 
     def site(self, base: str, role: str, use: Use, node: Any) -> Site:
         """A new site at ``node``."""

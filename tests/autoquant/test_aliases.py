@@ -51,6 +51,10 @@ CALLS = {
     "a layer in place": "self.act(y)",
     "a layer in place by position": "self.elu(y)",
     "a layer of the user": "self.block(y)",
+    "what a layer hands back that does nothing": "a = self.same(y); a += 1",
+    "what a layer hands back outside training": "self.drop.eval(); a = self.drop(y); a += 1",
+    "a layer in place outside training": "self.drop_.eval(); a = self.drop_(y); a += 1",
+    "a layer in place in training": "self.drop_.train(); self.drop_(y)",
     "a function within": "def change(t):\n    t += 1\nchange(y)",
     "a variable of a function within": "def change():\n    y.add_(1)\nchange()",
     "another name of it within": "def change():\n    a = y\n    a += 1\nchange()",
@@ -110,6 +114,9 @@ class Base(nn.Module):
         self.act = nn.ReLU(inplace=True)
         self.elu = nn.ELU(1.0, True)
         self.block = Block()
+        self.same = nn.Identity()
+        self.drop = nn.Dropout(0.5)
+        self.drop_ = nn.Dropout2d(0.5, inplace=True)
 
     def above(self, t):
         return twice(t)
