@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from fastforward_kernels.cpu_matmul import conv1d_fuses_relu
+from fastforward_kernels.ops_chain import ADDS_CODES
 
 from fastforward.exceptions import UnsupportedOperatorError
 from fastforward.integer import onednn, portable
@@ -14,7 +15,7 @@ from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import become
 from fastforward.integer.layout import laid_out, padded
 from fastforward.integer.measured import MeasuredLayer
-from fastforward.integer.tracing import is_exporting
+from fastforward.integer.tracing import fuses, is_exporting
 from fastforward.integer.unfolded import conv_int_mm
 from fastforward.integer.weights import integer_weight
 from fastforward.nn.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
@@ -296,6 +297,8 @@ class IntegerConv(MeasuredLayer):
         codes = self.grid.traced_codes(input if batched else input.unsqueeze(0))
         # A program cannot carry oneDNN's packed weight into another process.
         y = self._unfolded(codes) if is_exporting() else self.compute(codes, self.epilogue)
+        if self.adds_codes and fuses("cpu"):
+            y = ADDS_CODES(y, self.weight_int8)
         y = y if batched else y.squeeze(0)
         y = y if y.dtype == input.dtype else y.to(input.dtype)
         return y if self.output_quantizer is None else self.output_quantizer(y)

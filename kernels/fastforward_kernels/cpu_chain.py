@@ -1,4 +1,6 @@
-"""Linear layers of compiled integer programs on CPUs: oneDNN, with what follows the product fused."""
+"""Products of compiled integer programs on CPUs: oneDNN, with what follows the product fused."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +46,58 @@ def linear_to_codes(
         y = _product(rows, weight, factor, bias, activation, scale, point, reference.CODES)
     y = y if highest == reference.HIGHEST else y.clamp_(max=highest)
     return y.view(*codes.shape[:-1], weight.shape[0])
+
+
+def convolution_plus_codes(
+    codes: Tensor,
+    weight: Tensor,
+    input_step: float,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    addend: Tensor,
+    addend_step: float,
+    addend_zero_point: int,
+    step: float,
+    zero_point: int,
+    highest: int,
+) -> Tensor:
+    """See :func:`reference_matmul.convolution_plus_codes`."""
+    geometry = [*stride], [*padding], [*dilation], groups
+    if not exact_onednn() or not codes.numel() * weight.numel():
+        operands = codes, weight, input_step, scale, bias, *geometry, activation
+        added = addend, addend_step, addend_zero_point
+        return reference.convolution_plus_codes(*operands, *added, step, zero_point, highest)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    key = ("sum", *geometry[0], *geometry[1], *geometry[2], groups)
+    as_here = (scale, input_step, 0, *geometry, list(codes.shape))  # laid out for the first input it meets
+    pack = PACKS.get(weight, key, lambda: torch.ops.onednn.qconv_prepack(weight, *as_here))
+    y: Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
+        codes,
+        input_step,
+        0,
+        pack,
+        scale,
+        PACKS.get(weight, "zeros", lambda: torch.zeros(weight.shape[0], dtype=torch.int64)),
+        addend.clone(memory_format=torch.channels_last),  # which the kernel turns into the result
+        bias,
+        *geometry,
+        step,
+        zero_point,
+        reference.CODES,
+        addend_step,
+        addend_zero_point,
+        "sum",
+        1.0,
+        activation,
+        [],
+        "",
+    )
+    return y if highest == reference.HIGHEST else y.clamp_(max=highest)
 
 
 def _smoothed(

@@ -1,4 +1,4 @@
-"""The operators of compiled integer programs: roundings, linear layers that store codes, attention on codes.
+"""The operators of compiled integer programs: roundings, linear layers that store codes, sums and attention of codes.
 
 Codes are uint8. What a layer knows beforehand is in its operands: the zero point of its input in ``bias``, both scales
 in ``factor``. A compiler that fuses elementwise operators does better with those that rounding consists of; it finds
@@ -51,6 +51,20 @@ LINEAR_TO_CODES: Callable[..., Tensor] = define(
     reference=reference.linear_to_codes,
     cpu=cpu_chain.linear_to_codes,
     fake=_shape(lambda codes, factor: codes.dtype),
+)
+ADDS_CODES: Callable[..., Tensor] = define(
+    "adds_codes(Tensor y, Tensor weight) -> Tensor",
+    reference=lambda y, weight: y.clone(),
+    fake=lambda y, weight: torch.empty_like(y),
+)
+"""The result ``y`` of a convolution by ``weight``, to which codes may be added: what a layer says to the compiler."""
+CONVOLUTION_PLUS_CODES: Callable[..., Tensor] = define(
+    "convolution_plus_codes(Tensor codes, Tensor weight, float input_step, Tensor scale, Tensor? bias, int[] stride, "
+    "int[] padding, int[] dilation, int groups, str activation, Tensor addend, float addend_step, "
+    "int addend_zero_point, float step, int zero_point, int highest) -> Tensor",
+    reference=reference.convolution_plus_codes,
+    cpu=cpu_chain.convolution_plus_codes,
+    fake=lambda codes, *others: torch.empty_like(others[9], memory_format=torch.channels_last),
 )
 ATTENTION_OF_INTEGERS: Callable[..., Tensor] = define(
     "attention_of_integers(Tensor q, Tensor k, Tensor v, Tensor q_step, Tensor k_step, "

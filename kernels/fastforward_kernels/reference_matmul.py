@@ -88,6 +88,54 @@ def linear_to_codes(
     return round_to_codes(y, step, inverse, zero_point, highest)
 
 
+def convolution_plus_codes(
+    codes: Tensor,
+    weight: Tensor,
+    input_step: float,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    addend: Tensor,
+    addend_step: float,
+    addend_zero_point: int,
+    step: float,
+    zero_point: int,
+    highest: int,
+) -> Tensor:
+    """The codes of a convolution in two dimensions plus an addend of codes.
+
+    Args:
+        codes: uint8 ``[batch, channels, *size]`` with zero point 0.
+        weight: int8 ``[channels, channels / groups, *size]``.
+        input_step: What a code of the input stands for.
+        scale: What an integer of the weight stands for, float32 ``[channels]``.
+        bias: float32 ``[channels]``.
+        stride: As of ``torch.nn.functional.conv2d``, like the next three.
+        padding: Zeros around the input.
+        dilation: Distance of the weight's taps.
+        groups: Groups of channels.
+        activation: What follows the sum: ``"none"`` or ``"relu"``.
+        addend: uint8, the shape of the result.
+        addend_step: What a code of the addend stands for.
+        addend_zero_point: The code of real zero there.
+        step: What a code of the result stands for.
+        zero_point: The code of real zero there.
+        highest: The largest code of the result.
+    """
+    geometry = list(stride), list(padding), list(dilation), groups
+    acc = functional.conv2d(codes.double(), weight.double(), None, *geometry).to(torch.int32)
+    per_channel = [-1, 1, 1]
+    bias = None if bias is None else bias.reshape(per_channel)
+    residual = (addend.float() - addend_zero_point) * addend_step
+    factors = (scale.reshape(per_channel), torch.tensor(input_step))
+    y = epilogue.apply(acc, factors, bias, residual, activation, torch.float32, None, None)
+    return channels_last((torch.round(y * (1 / step)) + zero_point).clamp(0, highest).to(CODES))
+
+
 def attention_of_integers(
     q: Tensor,
     k: Tensor,

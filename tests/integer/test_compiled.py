@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not onednn.has_onednn(), reason="needs oneDNN's 
 MANY = onednn.FEW_ROWS + 64
 
 
-def fused(model: nn.Module, *example: torch.Tensor) -> tuple[Counter[str], torch.Tensor]:
+def fused(model: nn.Module, *example: torch.Tensor, dynamic: bool = False) -> tuple[Counter[str], torch.Tensor]:
     """The operators of the compiled program after the pass, by name, and its output."""
     found: Counter[str] = Counter()
 
@@ -33,7 +33,9 @@ def fused(model: nn.Module, *example: torch.Tensor) -> tuple[Counter[str], torch
         return program
 
     torch._dynamo.reset()
-    return found, outputs(torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend, dynamic=False), *example)
+    return found, outputs(
+        torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend, dynamic=dynamic), *example
+    )
 
 
 def integer(example: torch.Tensor, forward: Any, **modules: nn.Module) -> nn.Module:
@@ -81,6 +83,17 @@ def test_a_linear_layer_takes_in_what_follows_it(name: str) -> None:
     found, actual = fused(model, example)
     assert found["linear_to_codes"] == to_codes
     assert found["round"] == 1 + rounded  # the input's, and one that could not be taken in
+    assert near(model, example, actual)
+
+
+def test_views_by_sizes_that_change_from_call_to_call_are_moved() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).view(x.shape[0], 4, 12).transpose(1, 2).transpose(1, 2).reshape(x.shape[0], 48))
+
+    example = torch.randn(MANY, 16)
+    model = integer(example, forward, a=nn.Linear(16, 48), b=nn.Linear(48, 8))
+    found, actual = fused(model, example, dynamic=True)
+    assert found["linear_to_codes"] == 1
     assert near(model, example, actual)
 
 
@@ -145,6 +158,76 @@ def test_the_compiler_knows_the_shape_of_a_convolution_of_one_dimension() -> Non
     layers = {"a": nn.Conv1d(4, 12, 3), "b": nn.ConvTranspose1d(12, 6, 3, stride=2)}
     model = integer(example, lambda self, x: self.b(self.a(x)) / self.a(x).shape[-1], **layers)
     assert near(model, example, fused(model, example)[1])
+
+
+def _block(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out = self.b(F.relu(self.a(x)))
+    out += x
+    return F.relu(out, inplace=True)
+
+
+def _added_to_the_addend(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out = self.b(F.relu(self.a(x)))
+    x += out
+    return self.last(F.relu(x))
+
+
+def _changed_before_it_is_added(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out = self.b(F.relu(self.a(x)))
+    x.mul_(0.5)
+    return self.last(F.relu(out + x))
+
+
+def _changed_by_another_name(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.stem(x)
+    x = F.relu(y, inplace=True)
+    out = self.b(F.relu(self.a(x)))
+    y.mul_(0.5)
+    return self.last(F.relu(out + x))
+
+
+SUMS = {
+    "identity": (lambda self, x: self.last(_block(self, F.relu(self.stem(x)))), 1, 0),
+    "two in a row": (lambda self, x: self.last(_block(self, _block(self, F.relu(self.stem(x))))), 2, 0),
+    "added from the left": (lambda self, x: (lambda y: self.last(F.relu(y + self.b(self.a(y)))))(self.stem(x)), 1, 0),
+    "after pooling": (lambda self, x: self.last(_block(self, F.max_pool2d(F.relu(self.stem(x)), 3, 2, 1))), 1, 0),
+    "no activation": (lambda self, x: (lambda y: self.last(self.b(self.a(y)) + y))(self.stem(x)), 1, 0),
+    "the sum is wanted as floats": (
+        lambda self, x: (lambda y: self.last(y) + y.mean())(_block(self, F.relu(self.stem(x)))), 0, 2,
+    ),
+    "the addend is wanted as floats": (
+        lambda self, x: (lambda y: self.last(_block(self, y)) + y.mean())(F.relu(self.stem(x))), 0, 2,
+    ),
+    "an addend that is no code": (lambda self, x: self.last(self.b(self.a(self.stem(x))) + x), 0, 1),
+    "added to the addend": (lambda self, x: _added_to_the_addend(self, F.relu(self.stem(x))), 0, 2),
+    "changed before it is added": (lambda self, x: _changed_before_it_is_added(self, F.relu(self.stem(x))), 0, 2),
+    "changed by another name": (_changed_by_another_name, 0, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_convolution_adds_the_codes_of_what_others_make(name: str) -> None:
+    forward, summed, rounded = SUMS[name]
+    example = torch.randn(2, 8, 12, 12)
+    layers = {name: nn.Conv2d(8, 8, 3, padding=1) for name in ("stem", "a", "b", "last")}
+    model = integer(example, forward, **layers)
+    expected = outputs(model, example, runs=4)
+    for layer in layers:
+        getattr(model, layer).adds_codes = True
+    found, actual = fused(model, example)
+    assert found["convolution_plus_codes"] == summed
+    assert found["round"] == 1 + rounded
+    assert not found["adds_codes"]
+    assert bool((actual - expected).square().sum() <= 1e-3 * expected.square().sum())
+
+
+def test_a_layer_whose_addend_must_stay_exact_adds_floats() -> None:
+    example = torch.randn(2, 8, 12, 12)
+    layers = {name: nn.Conv2d(8, 8, 3, padding=1) for name in ("stem", "a", "b", "last")}
+    model = integer(example, SUMS["identity"][0], **layers)
+    for layer in layers:
+        getattr(model, layer).adds_codes = False
+    assert not fused(model, example)[0]["convolution_plus_codes"]
 
 
 class Attention(ff.nn.QuantizedModule, nn.Module):

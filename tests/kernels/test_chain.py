@@ -1,5 +1,7 @@
 """The operators of compiled integer programs against their references."""
 
+from typing import Any
+
 import pytest
 import torch
 from fastforward_kernels import cpu_chain, ops_chain
@@ -54,11 +56,37 @@ def test_linear_to_codes(activation: str, smoothed: bool, zero_point: int, highe
     assert float(off.float().mean()) < 1e-3  # ties
 
 
+def convolution(activation: str, zero_point: int, highest: int) -> tuple[Any, ...]:
+    torch.manual_seed(highest)
+    codes = torch.randint(0, 256, (2, 8, 9, 9), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (12, 4, 3, 3), dtype=torch.int8)
+    addend = torch.randint(0, 256, (2, 12, 5, 5), dtype=torch.uint8)
+    operands = codes, weight, 0.5, torch.full((12,), FACTOR), torch.randn(12), [2, 2], [1, 1], [1, 1], 2
+    return (*operands, activation, addend, 0.125, 7, 0.25, zero_point, highest)
+
+
+@pytest.mark.parametrize("zero_point, highest", [(0, 255), (131, 255), (3, 15)])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_convolution_plus_codes(activation: str, zero_point: int, highest: int) -> None:
+    arguments = convolution(activation, zero_point, highest)
+    expected, addend = reference.convolution_plus_codes(*arguments), arguments[10].clone()
+    for _ in range(2):
+        codes = ops_chain.CONVOLUTION_PLUS_CODES(*arguments)
+    off = (codes.int() - expected.int()).abs()
+    assert int(off.max()) <= 1
+    assert float(off.float().mean()) < 0.02  # ties: all steps are powers of two here
+    assert torch.equal(arguments[10], addend)
+    assert codes.is_contiguous(memory_format=torch.channels_last)
+    assert int(expected.max()) == highest
+
+
 def test_machines_without_exact_products_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_chain, "exact_onednn", lambda: False)
     arguments, after = product(4, "relu"), (None, *grid(0.25, 3), 255)
     assert torch.equal(ops_chain.LINEAR_TO_FLOATS(*arguments), reference.linear_to_floats(*arguments))
     assert torch.equal(ops_chain.LINEAR_TO_CODES(*arguments, *after), reference.linear_to_codes(*arguments, *after))
+    others = convolution("relu", 3, 255)
+    assert torch.equal(ops_chain.CONVOLUTION_PLUS_CODES(*others), reference.convolution_plus_codes(*others))
 
 
 @pytest.mark.parametrize("strides", [(40, 1), (1, 1), (64, 1), (1, 3)])

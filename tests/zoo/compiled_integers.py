@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._inductor.config
@@ -88,15 +89,14 @@ def _as_inductor_runs_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _all_rules() -> Iterator[None]:
-    """The pass's rules for many rows and many scores hold for few as well."""
-    rows, scores = onednn.FEW_ROWS, compiled._FEW_SCORES
+    """The pass's rules for many rows and many scores hold for few as well, in the type in which eager mode takes few."""
+    changed = [(onednn, "FEW_ROWS", 0), (compiled, "_FEW_SCORES", 0), (compiled, "multiplies_bfloat16", lambda: False)]
     torch._dynamo.reset()
-    onednn.FEW_ROWS = compiled._FEW_SCORES = 0
-    try:
+    with contextlib.ExitStack() as stack:
+        for module, name, value in changed:
+            stack.enter_context(mock.patch.object(module, name, value))
         yield
-    finally:
-        onednn.FEW_ROWS, compiled._FEW_SCORES = rows, scores
-        torch._dynamo.reset()
+    torch._dynamo.reset()
 
 
 def _compare(result: CompiledIntegers, when: str, outputs: tuple[Any, Any, Any]) -> None:
