@@ -1,12 +1,14 @@
 """Fake-quantize for CPUs, forward and backward, by ATen's vectorized operators over chunks that stay in the cache.
 
 Four passes over a chunk (five where zero points differ) cost about as much again as the one over memory: about
-twice the time of a memory copy, where torch's own operator (scalar code) takes fifteen to twenty times. For the
-gradient to the input it keeps which elements were clipped (of large tensors a byte each, of small ones the excess
-itself, which saves two passes), and so the input may be changed afterwards.
+twice the time of a memory copy (more for small blocks with zero points of their own), where torch's own operator
+(scalar code) takes fifteen to twenty times. For the gradient to the input it keeps which elements were clipped (of
+large tensors a byte each, of small ones the excess itself, which saves two passes), and so the input may be changed
+afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,13 +70,13 @@ def _run(
         _round_to_grid(x, out, clipped, inverse, low, high, step)
         return
     sweep = Sweep(tuple(x.shape), tile, like=out)
-    grid = grid_of(sweep, scale, zero_point, qmin, qmax)
+    grid = scale, zero_point, qmin, qmax
     views = [sweep.view(x), sweep.view(out)]
     if clipped is None:
-        for source, target, *parameters in sweep.chunks(views, grid):
+        for source, target, *parameters in chunks_with_grid(sweep, views, grid):
             _round_to_grid(source, target, None, *parameters)
     else:
-        for piece in sweep.chunks([*views, sweep.view(clipped)], grid):
+        for piece in chunks_with_grid(sweep, [*views, sweep.view(clipped)], grid):
             _round_to_grid(*piece)
     sweep.write_back(out, views[1])
 
@@ -91,19 +93,39 @@ def _one_grid(scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Grid:
     return step.reciprocal(), float(qmin - z), float(qmax - z), step
 
 
-def grid_of(sweep: Sweep, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Grid:
-    """Return the grid of every block; the bounds have the zero point taken off, so that no pass is spent on it.
+def chunks_with_grid(
+    sweep: Sweep, tensors: Sequence[Tensor], grid: tuple[Tensor, Tensor, int, int], sums: Sequence[Tensor] = ()
+) -> Iterator[list[Any]]:
+    """Yield aligned pieces of ``tensors``, of the grid's parameters and of ``sums``, which have one entry per block."""
+    scale, zero_point, qmin, qmax = grid
+    parameters = sweep.factor("scale", scale), _offset(sweep, zero_point)
+    for batch in sweep.batches(tensors, [*parameters, *sums]):
+        step, offset, *own = batch[len(tensors) :]
+        yield from sweep.chunks(batch[: len(tensors)], [*_grid(step, offset, qmin, qmax), *own])
 
-    Bounds that are the same for all blocks, as on every symmetric grid, are numbers: clamping by numbers is one pass,
-    clamping by tensors that broadcast is two.
-    """
+
+def _offset(sweep: Sweep, zero_point: Tensor) -> Parameter:
+    """Return the rounded zero point of every block, or one number if they are the same, as on every symmetric grid."""
     if zero_point.numel() > 1:
         tiling.check_parameter("zero_point", zero_point.numel(), sweep.layout.blocks, sweep.original, sweep.tile)
         least, most = zero_point.aminmax()
         zero_point = least if least.item() == most.item() else zero_point
-    z = sweep.number("zero_point", torch.round(zero_point) if zero_point.is_floating_point() else zero_point)
-    step = sweep.factor("scale", scale)
-    return step.reciprocal(), qmin - z, qmax - z, step
+    offset = sweep.spread("zero_point", torch.round(zero_point) if zero_point.is_floating_point() else zero_point)
+    return float(offset) if offset.numel() == 1 else offset
+
+
+def _grid(step: Tensor, offset: Parameter, qmin: int, qmax: int) -> Grid:
+    """Return the grid of blocks; the bounds have the zero point taken off, so that no pass is spent on it.
+
+    Bounds that are the same for all blocks are numbers: clamping by numbers is one pass, clamping by tensors that
+    broadcast is two. Tensors are written into buffers: there can be as many parameters as a few chunks have elements,
+    and memory of their own would take as long as two passes.
+    """
+    inverse = torch.reciprocal(step, out=scratch(5, step))
+    if isinstance(offset, float):
+        return inverse, qmin - offset, qmax - offset, step
+    z = scratch(6, offset).copy_(offset)
+    return inverse, torch.sub(qmin, z, out=scratch(7, z)), torch.sub(qmax, z, out=z), step
 
 
 def _round_to_grid(

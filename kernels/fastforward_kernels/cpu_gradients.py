@@ -4,6 +4,7 @@ Where only the input learns, :func:`cpu_fake_quantize.zero_clipped` is what runs
 compiled graphs and for float8 grids.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastforward_kernels import memory
-from fastforward_kernels.cpu_fake_quantize import clip, gate, grid_of
+from fastforward_kernels.cpu_fake_quantize import chunks_with_grid, clip, gate
 from fastforward_kernels.cpu_sweep import Parameter, Sweep, scratch
 
 INSIDE = (-0.5, 0.5)  # what an excess of zero lies in
@@ -25,41 +26,30 @@ def fake_quantize_backward(
     if not x.numel():
         return out
     sweep = Sweep(tuple(x.shape), tile, like=out)
-    inverse, low, high, _ = grid_of(sweep, scale, zero_point, qmin, qmax)
-    bounds = _open_interval(low, high)
     views = [sweep.view(tensor) for tensor in (x, grad, out)]
-    for piece in sweep.chunks(views, [inverse, low, high]):
-        _pass_inside(*piece, bounds=bounds)
+    for *piece, _ in chunks_with_grid(sweep, views, (scale, zero_point, qmin, qmax)):
+        _pass_inside(*piece)
     return out
 
 
-def _pass_inside(
-    x: Tensor,
-    grad: Tensor,
-    out: Tensor,
-    inverse: Tensor,
-    low: Parameter,
-    high: Parameter,
-    *,
-    bounds: tuple[float, float] | None,
-) -> None:
+def _pass_inside(x: Tensor, grad: Tensor, out: Tensor, inverse: Tensor, low: Parameter, high: Parameter) -> None:
     v = scratch(0, x)
     direct = x.dtype == grad.dtype == torch.float32
     torch.mul(x if x.dtype == torch.float32 else v.copy_(x), inverse, out=v)
     buffer = out if direct else scratch(1, grad)
-    gated = v if bounds else _excess(v, low, high)[0]
-    gate(grad if direct else buffer.copy_(grad), gated, bounds or INSIDE, out=buffer)
+    numbers = isinstance(low, float) and isinstance(high, float)
+    gated, bounds = (v, _open_interval(low, high)) if numbers else (_excess(v, low, high)[0], INSIDE)
+    gate(grad if direct else buffer.copy_(grad), gated, bounds, out=buffer)
     if not direct:
         out.copy_(buffer)
 
 
-def _open_interval(low: Parameter, high: Parameter) -> tuple[float, float] | None:
-    """Return the open interval of values that round into ``[low, high]``; None if the bounds differ between blocks.
+@functools.lru_cache
+def _open_interval(low: float, high: float) -> tuple[float, float]:
+    """Return the open interval of values that round into ``[low, high]``.
 
     A tie goes to the even neighbour, so an even bound takes the tie beside it in.
     """
-    if not isinstance(low, float) or not isinstance(high, float):
-        return None
     below, above = np.float32(low - 0.5), np.float32(high + 0.5)
     if low % 2 == 0:
         below = np.nextafter(below, np.float32(-np.inf))
@@ -82,14 +72,13 @@ def fake_quantize_lsq_backward(
     out = memory.empty_like(x)
     sweep = Sweep(tuple(x.shape), tile)
     sums = torch.zeros(2, *sweep.layout.parameters, dtype=torch.float64)
-    inverse, low, high, step = grid_of(sweep, scale, zero_point, qmin, qmax)
     if x.numel():
         target = sweep.view(out)
         views = [sweep.view(x), sweep.view(grad), target]
-        for piece in sweep.chunks(views, [inverse, low, high, sums[0], sums[1]]):
+        for piece in chunks_with_grid(sweep, views, (scale, zero_point, qmin, qmax), [sums[0], sums[1]]):
             _lsq_chunk(*piece)
         sweep.write_back(out, target)
-    to_zero_point = sums[1] * -step.double()
+    to_zero_point = sums[1] * -sweep.factor("scale", scale).double()
     return out, _per_parameter(sums[0], scale), _per_parameter(to_zero_point, zero_point)
 
 
@@ -100,6 +89,7 @@ def _lsq_chunk(
     inv: Tensor,
     low: Parameter,
     high: Parameter,
+    _step: Tensor,
     to_scale: Tensor,
     clipped: Tensor,
 ) -> None:

@@ -49,8 +49,12 @@ class Sweep:
         return float(value) if value.numel() == 1 else self.factor(name, value)
 
     def factor(self, name: str, value: Tensor) -> Tensor:
-        """Return the float32 tensor that broadcasts against the view; ATen multiplies fastest by one without axes."""
-        value = (value.detach() if value.requires_grad else value).to(torch.float32)
+        """Return the float32 tensor that broadcasts against the view."""
+        return self.spread(name, value).to(torch.float32)
+
+    def spread(self, name: str, value: Tensor) -> Tensor:
+        """Return the tensor that broadcasts against the view; ATen multiplies fastest by one without axes."""
+        value = value.detach() if value.requires_grad else value
         if value.numel() == 1:
             return value.reshape(())
         tiling.check_parameter(name, value.numel(), self.layout.blocks, self.original, self.tile)
@@ -69,7 +73,12 @@ class Sweep:
 
     def chunks(self, tensors: Sequence[Tensor], parameters: Sequence[Parameter]) -> Iterator[list[Any]]:
         """Yield aligned pieces of ``tensors`` (as viewed) and ``parameters``, each of about CHUNK elements."""
-        return _chunks(list(tensors), list(parameters))
+        return _chunks(list(tensors), list(parameters), CHUNK)
+
+    def batches(self, tensors: Sequence[Tensor], parameters: Sequence[Parameter]) -> Iterator[list[Any]]:
+        """Yield larger pieces, of about CHUNK blocks each: what is derived from their parameters fits buffers."""
+        block = tensors[0].numel() // self.layout.blocks
+        return _chunks(list(tensors), list(parameters), CHUNK * block)
 
     def write_back(self, out: Tensor, target: Tensor) -> None:
         """Copy the result if ``out`` could not be viewed as ``target`` (an ``out`` with holes, given by the caller)."""
@@ -85,19 +94,19 @@ def _storage_order(x: Tensor) -> tuple[int, ...] | None:
     return tuple(sorted(range(x.dim()), key=lambda dim: (-strides[dim], dim)))
 
 
-def _chunks(tensors: list[Tensor], parameters: list[Parameter]) -> Iterator[list[Any]]:
+def _chunks(tensors: list[Tensor], parameters: list[Parameter], size: int) -> Iterator[list[Any]]:
     first = tensors[0]
-    if first.numel() <= SINGLE:
+    if first.numel() <= 2 * size:
         yield [*tensors, *parameters]
         return
     length = first.shape[0]
     row = first.numel() // length
-    if row > SINGLE and first.dim() > 1:
+    if row > 2 * size and first.dim() > 1:
         for index in range(length):
             rows = [tensor[index] for tensor in tensors]
-            yield from _chunks(rows, [_row(parameter, index) for parameter in parameters])
+            yield from _chunks(rows, [_row(parameter, index) for parameter in parameters], size)
         return
-    rows_at_once = max(1, CHUNK // row)
+    rows_at_once = max(1, size // row)
     pieces: list[Any] = [tensor.split(rows_at_once) for tensor in tensors]
     count = len(pieces[0])
     for parameter in parameters:

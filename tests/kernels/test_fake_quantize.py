@@ -1,9 +1,11 @@
 """Fake quantization on CPUs: bit-equal to ATen, gradients, layouts, awkward shapes."""
 
+import threading
+
 import fastforward_kernels as ffk
 import pytest
 import torch
-from fastforward_kernels import cpu_fake_quantize, cpu_gradients, reference
+from fastforward_kernels import cpu_fake_quantize, cpu_gradients, cpu_sweep, reference
 
 from tests.kernels.exact import assert_lsq_sums
 
@@ -75,6 +77,33 @@ def test_tiles_equal_the_reference(tile, dtype):
     scale, zero_point = parameters(blocks, (-8, 7))
     y = ffk.fake_quantize_tiles(x, scale, zero_point, -8, 7, tile)
     assert torch.equal(y, reference.fake_quantize(x, scale, zero_point, -8, 7, tile))
+
+
+@pytest.mark.parametrize("tile", [[1, 2], [4, 16], [-1, 16], [2, 1], [8, 96], [64, -1]])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_parameters_derived_in_several_batches_are_those_of_the_reference(tile, symmetric, monkeypatch):
+    monkeypatch.setattr(cpu_sweep, "CHUNK", 4)
+    x, grad = data((64, 96)), data((64, 96), seed=3)
+    scale, zero_point = parameters(reference.tiling.layout((64, 96), tuple(tile)).blocks, (-8, 7))
+    grid = scale, torch.zeros_like(zero_point) if symmetric else zero_point, -8, 7, tile
+    expected, to_x = reference.fake_quantize(x, *grid), reference.fake_quantize_backward(grad, x, *grid)
+    y, clipped = cpu_fake_quantize.fake_quantize_with_clipped(x, *grid)
+    assert torch.equal(cpu_fake_quantize.fake_quantize(x, *grid), expected)
+    assert torch.equal(y, expected)
+    assert torch.equal(cpu_fake_quantize.zero_clipped(grad, clipped), to_x)
+    assert torch.equal(cpu_gradients.fake_quantize_backward(grad, x, *grid), to_x)
+    from_lsq, *sums = cpu_gradients.fake_quantize_lsq_backward(grad, x, *grid)
+    assert torch.equal(from_lsq, to_x)
+    assert_lsq_sums(sums, grad, x, *grid)
+
+
+def test_many_blocks_do_not_grow_the_buffers(monkeypatch):
+    monkeypatch.setattr(cpu_sweep, "SCRATCH", threading.local())
+    x = torch.ones(1024, 1024)
+    scale, zero_point = parameters(x.numel(), (-8, 7))
+    cpu_fake_quantize.fake_quantize(x, scale, zero_point, -8, 7, [1, 1])
+    cpu_gradients.fake_quantize_lsq_backward(x, x, scale, zero_point, -8, 7, [1, 1])
+    assert {buffer.numel() for buffer in cpu_sweep.SCRATCH.__dict__.values()} == {cpu_sweep.SINGLE}
 
 
 def test_groups_lie_along_the_last_axis_or_the_given_one():
