@@ -119,7 +119,7 @@ def _grid(step: Tensor, offset: Parameter, qmin: int, qmax: int) -> Grid:
 
     Bounds that are the same for all blocks are numbers: clamping by numbers is one pass, clamping by tensors that
     broadcast is two. Tensors are written into buffers: there can be as many parameters as a few chunks have elements,
-    and memory of their own would take as long as two passes.
+    and mapping fresh memory for them can take as long as two passes.
     """
     inverse = torch.reciprocal(step, out=scratch(5, step))
     if isinstance(offset, float):
