@@ -1,6 +1,10 @@
 """Images between torch's memory layout, channels outermost, and the kernels', channels innermost."""
 
 import torch
+from fastforward_kernels.cpu_chain import channels_inside
+from fastforward_kernels.ops_chain import CHANNELS_INSIDE
+
+from fastforward.integer.tracing import fuses
 
 _FEW_CHANNELS = 4
 _LARGE = 1 << 16
@@ -22,29 +26,16 @@ def contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def laid_out(codes: torch.Tensor, memory: torch.memory_format) -> torch.Tensor:
     """``codes`` with channels innermost."""
-    if codes.is_contiguous(memory_format=memory):
-        return codes
-    if codes.shape[1] > _FEW_CHANNELS or torch.compiler.is_compiling():
-        return codes.contiguous(memory_format=memory)
-    return _by_channel(codes, torch.empty_like(codes, memory_format=memory))
+    return padded(codes, [0] * (codes.dim() - 2), 0, memory)
 
 
 def padded(codes: torch.Tensor, padding: list[int], value: int, memory: torch.memory_format) -> torch.Tensor:
     """``codes`` with ``value`` around them and channels innermost."""
+    if codes.shape[1] <= _FEW_CHANNELS and codes.dim() > 3 and not codes.is_contiguous(memory_format=memory):
+        if not torch.compiler.is_compiling():
+            return channels_inside(codes, padding, value)
+        if fuses("cpu"):
+            return CHANNELS_INSIDE(codes, padding, value)
+    codes = codes.contiguous(memory_format=memory)
     around = [size for size in reversed(padding) for _ in range(2)]
-    if codes.shape[1] > _FEW_CHANNELS or codes.is_contiguous(memory_format=memory) or torch.compiler.is_compiling():
-        return torch.nn.functional.pad(laid_out(codes, memory), around, value=value)
-    sizes = [size + 2 * extra for size, extra in zip(codes.shape[2:], padding, strict=True)]
-    result = torch.empty((*codes.shape[:2], *sizes), dtype=torch.uint8, memory_format=memory).fill_(value)
-    inside = result
-    for axis, (extra, size) in enumerate(zip(padding, codes.shape[2:], strict=True), start=2):
-        inside = inside.narrow(axis, extra, size)
-    _by_channel(codes, inside)
-    return result
-
-
-def _by_channel(codes: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    """Copy a channel at a time: torch's own copy would take the few channels of a pixel for its innermost loop."""
-    for source, target in zip(codes.unbind(1), into.unbind(1), strict=True):
-        target.copy_(source)
-    return into
+    return torch.nn.functional.pad(codes, around, value=value) if any(padding) else codes

@@ -48,6 +48,24 @@ def linear_to_codes(
     return y.view(*codes.shape[:-1], weight.shape[0])
 
 
+def channels_inside(codes: Tensor, padding: Sequence[int], value: int) -> Tensor:
+    """See :func:`reference_matmul.channels_inside`.
+
+    A channel at a time: torch's own copy would take the few channels of a pixel for its innermost loop, and a compiler
+    pads and rounds number by number.
+    """
+    sizes = [size + 2 * extra for size, extra in zip(codes.shape[2:], padding, strict=True)]
+    memory = reference.CHANNELS_INSIDE[codes.dim()]
+    result = inside = torch.empty((*codes.shape[:2], *sizes), dtype=codes.dtype, memory_format=memory)
+    if any(padding):
+        result.fill_(value)
+    for axis, (extra, size) in enumerate(zip(padding, codes.shape[2:], strict=True), start=2):
+        inside = inside.narrow(axis, extra, size)
+    for source, target in zip(codes.unbind(1), inside.unbind(1), strict=True):
+        target.copy_(source)
+    return result
+
+
 def convolution_plus_codes(
     codes: Tensor,
     weight: Tensor,

@@ -52,6 +52,12 @@ LINEAR_TO_CODES: Callable[..., Tensor] = define(
     cpu=cpu_chain.linear_to_codes,
     fake=_shape(lambda codes, factor: codes.dtype),
 )
+CHANNELS_INSIDE: Callable[..., Tensor] = define(
+    "channels_inside(Tensor codes, int[] padding, int value) -> Tensor",
+    reference=reference.channels_inside,
+    cpu=cpu_chain.channels_inside,
+    fake=reference.channels_inside,
+)
 ADDS_CODES: Callable[..., Tensor] = define(
     "adds_codes(Tensor y, Tensor weight) -> Tensor",
     reference=lambda y, weight: y.clone(),

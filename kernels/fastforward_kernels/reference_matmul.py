@@ -10,6 +10,7 @@ from torch.nn import functional
 from fastforward_kernels import epilogue, packing
 
 CODES, HIGHEST = torch.uint8, 255  # what activations are multiplied as
+CHANNELS_INSIDE = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def int8_linear(
@@ -86,6 +87,12 @@ def linear_to_codes(
     y = linear_to_floats(codes, weight, factor, bias, activation)
     y = y if smoothing is None else y * smoothing
     return round_to_codes(y, step, inverse, zero_point, highest)
+
+
+def channels_inside(codes: Tensor, padding: Sequence[int], value: int) -> Tensor:
+    """Codes ``[batch, channels, *size]`` of two or three dimensions with ``value`` around them, channels innermost."""
+    around = [size for size in reversed(padding) for _ in range(2)]
+    return functional.pad(codes, around, value=value).contiguous(memory_format=CHANNELS_INSIDE[codes.dim()])
 
 
 def convolution_plus_codes(

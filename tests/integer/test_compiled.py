@@ -141,6 +141,15 @@ def test_a_convolution_takes_in_what_follows_it(name: str) -> None:
     assert near(model, example, actual)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+def test_images_of_few_channels_are_laid_out_by_an_operator_of_ours(padding: int) -> None:
+    example = torch.randn(2, 3, 9, 9)
+    model = integer(example, lambda self, x: self.a(x), a=nn.Conv2d(3, 12, 3, padding=padding))
+    found, actual = fused(model, example)
+    assert found["channels_inside"] == 1
+    assert near(model, example, actual)
+
+
 @pytest.mark.parametrize("activation", [lambda y: y, F.relu, F.silu])
 def test_a_convolution_of_one_dimension_takes_in_what_follows_it(activation: Any) -> None:
     example = torch.randn(2, 4, 20)

@@ -80,6 +80,15 @@ def test_convolution_plus_codes(activation: str, zero_point: int, highest: int) 
     assert int(expected.max()) == highest
 
 
+@pytest.mark.parametrize("padding", [[0, 0], [1, 2], [1, 0, 2]])
+def test_channels_inside(padding: list[int]) -> None:
+    codes = torch.randint(0, 256, (2, 3, 5, 7, 4)[: 2 + len(padding)], dtype=torch.uint8)
+    for given in (codes, codes[:, :, ::2], codes.movedim(1, -1).contiguous().movedim(-1, 1)):
+        y, expected = ops_chain.CHANNELS_INSIDE(given, padding, 9), reference.channels_inside(given, padding, 9)
+        assert torch.equal(y, expected)
+        assert y.stride() == expected.stride()
+
+
 def test_machines_without_exact_products_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_chain, "exact_onednn", lambda: False)
     arguments, after = product(4, "relu"), (None, *grid(0.25, 3), 255)
