@@ -19,6 +19,8 @@ W = torch.randint(-128, 128, (6, 8), dtype=torch.int8)
 PACKED = ffk.pack_linear_weight(W, torch.rand(6))
 CONV = ffk.pack_conv_weight(torch.randint(-128, 128, (6, 8, 3, 3), dtype=torch.int8), torch.rand(6))
 IMAGE = torch.randint(-128, 128, (2, 8, 5, 5), dtype=torch.int8)
+KERNEL = torch.randint(-127, 128, (6, 8, 3, 3), dtype=torch.int8)
+ADDEND = torch.randint(0, 256, (2, 6, 5, 5), dtype=torch.uint8)
 GRID = (SCALE, ZERO, -8, 7)
 NO_OUT = (torch.float32, None, None)
 OUT = (torch.int8, SCALE, ZERO)
@@ -76,6 +78,27 @@ def calls():
         "linear_to_codes": [
             (U, W, torch.rand(6), torch.rand(6), "relu", None, *STEPS, 255),
             (U, W, torch.rand(6), torch.rand(6), "gelu", torch.rand(6), *STEPS, 63),
+        ],
+        "channels_inside": [(IMAGE, [0, 0], 0), (IMAGE, [1, 2], 7)],
+        "adds_codes": [(IMAGE.float(), KERNEL)],
+        "convolution_plus_codes": [
+            (
+                IMAGE.view(torch.uint8),
+                KERNEL,
+                0.1,
+                torch.rand(6),
+                bias,
+                *[[1, 1]] * 3,
+                1,
+                "relu",
+                ADDEND,
+                0.1,
+                3,
+                0.2,
+                0,
+                255,
+            )
+            for bias in (None, torch.rand(6))
         ],
         "attention_of_integers": [(*[IMAGE.float()] * 3, SCALE, SCALE, None, False, 0.01)],
     }
