@@ -23,9 +23,9 @@ PRODUCT = "Tensor codes, Tensor weight, Tensor factor, Tensor bias, str activati
 GRID = "Tensor step, Tensor inverse, Tensor zero_point, int highest"
 
 
-def _shape(dtype_of: Callable[..., Any]) -> Callable[..., Tensor]:
-    def shape(codes: Tensor, weight: Tensor, factor: Tensor, *_: Any) -> Tensor:
-        return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype_of(codes, factor))
+def _shape(dtype: torch.dtype) -> Callable[..., Tensor]:
+    def shape(codes: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype)
 
     return shape
 
@@ -44,13 +44,13 @@ LINEAR_TO_FLOATS: Callable[..., Tensor] = define(
     f"linear_to_floats({PRODUCT}) -> Tensor",
     reference=reference.linear_to_floats,
     cpu=cpu_chain.linear_to_floats,
-    fake=_shape(lambda codes, factor: factor.dtype),
+    fake=_shape(torch.float32),
 )
 LINEAR_TO_CODES: Callable[..., Tensor] = define(
     f"linear_to_codes({PRODUCT}, Tensor? smoothing, {GRID}) -> Tensor",
     reference=reference.linear_to_codes,
     cpu=cpu_chain.linear_to_codes,
-    fake=_shape(lambda codes, factor: codes.dtype),
+    fake=_shape(reference.CODES),
 )
 CHANNELS_INSIDE: Callable[..., Tensor] = define(
     "channels_inside(Tensor codes, int[] padding, int value) -> Tensor",
