@@ -7,14 +7,15 @@ import functools
 from typing import Any
 
 import torch
-from fastforward_kernels.int_mm import int_mm
+from fastforward_kernels.int_mm import TAKES_UINT8, int_mm
 
 from fastforward.integer.epilogue import NO_ACTIVATION, RELU, Activation, Epilogue, arguments
 from fastforward.integer.grid import Grid
 
-# Below this many rows the fixed cost of a oneDNN call (about 30 us) exceeds what its fused epilogue saves.
-SMALL_ROWS = 8
-FEW_ROWS = 256
+# Where torch's plain product takes no uint8, each call of it converts the codes and sums the weight.
+SMALL_ROWS = 8 if TAKES_UINT8 else 0
+"""Up to so many rows the fixed cost of a oneDNN call (about 30 us) exceeds what its fused epilogue saves."""
+FEW_ROWS = 256 if TAKES_UINT8 else 0
 """Up to so many rows compiled programs multiply by torch's plain product: a call of our operator costs more than its
 fused epilogue saves. MiniLM's 128 rows are 1.3 times as fast so, its 1,024 rows 1.3 times as slow."""
 

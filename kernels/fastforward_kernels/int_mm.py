@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def _takes_uint8() -> bool:
-    """Whether ``torch._int_mm`` multiplies uint8 by int8 on CPUs; before torch 2.7 it took int8 alone."""
+    """Whether ``torch._int_mm`` multiplies uint8 by int8 on CPUs; torch 2.6 and 2.11, for example, take int8 alone."""
     codes, weight = torch.zeros(32, 32, dtype=torch.uint8), torch.zeros(32, 32, dtype=torch.int8)
     try:
         torch._int_mm(codes, weight)

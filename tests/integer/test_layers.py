@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import runpy
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fastforward_kernels import int_mm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
-from fastforward.integer import IntegerLinear
+from fastforward.integer import IntegerLinear, onednn
 from fastforward.integer.epilogue import GELU_TANH, HARDSWISH, NO_ACTIVATION, RELU, Activation
 from fastforward.integer.grid import Grid
 
@@ -220,6 +221,13 @@ def test_plain_products_of_unsigned_and_signed_are_exact(
     out = torch.empty_like(exact)
     for product in (int_mm.int_mm(codes, weight.t()), int_mm.int_mm(codes, weight.t().contiguous(), out=out), out):
         assert torch.equal(product, exact)
+
+
+def test_plain_products_are_for_few_rows_only_where_they_take_unsigned_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for takes_uint8 in (True, False):
+        monkeypatch.setattr(int_mm, "TAKES_UINT8", takes_uint8)
+        found = runpy.run_path(onednn.__file__)
+        assert (found["SMALL_ROWS"] > 0) == (found["FEW_ROWS"] > 0) == takes_uint8
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
