@@ -31,7 +31,7 @@ class Sites:
         plan: For each site its active quantizer, or ``None`` while a stub stands there.
     """
 
-    __slots__ = ("plan",)
+    __slots__ = ()
     plan: list[Any]
 
     def q(self, index: int, value: Any) -> Any:
@@ -51,9 +51,7 @@ class Sites:
 
 
 class CompiledScope(Sites):
-    """``scope`` for compilers."""
-
-    __slots__ = ("scope",)
+    """``scope`` for compilers, without slots, which those before torch 2.7 cannot read."""
 
     def __init__(self, scope: "Scope") -> None:
         self.scope, self.plan = scope, scope.plan
@@ -108,8 +106,6 @@ class QuietScope(CompiledScope):
 
     What they read in tracing they check again before every call of the program.
     """
-
-    __slots__ = ()
 
     def q(self, index: int, value: Any) -> Any:
         """The value as it is."""

@@ -82,6 +82,7 @@ class Scope(Sites):
         "names",
         "owner",
         "parent",
+        "plan",
         "receivers",
         "unit",
     )

@@ -131,7 +131,7 @@ class Convolution:
 
     def codes(self, smoothing: Node | None, grid: tuple[Any, ...]) -> Node | None:
         *_, highest, known = grid
-        if smoothing is not None or not known:
+        if smoothing is not None or not known or not onednn.traces_codes():
             return None
         step, zero_point, activation = self.stored(*known)
         self.arguments[_RESULT] = (

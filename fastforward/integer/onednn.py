@@ -31,6 +31,22 @@ CONVOLUTIONS = {dimensions: _convolution(dimensions) for dimensions in (1, 2, 3)
 """oneDNN's int8 convolutions by number of dimensions; ``None`` where torch was built without."""
 
 
+@functools.cache
+def traces_codes() -> bool:
+    """Whether compilers can be told that a convolution stores codes, which torch 2.6 takes for an error."""
+    convolution = CONVOLUTIONS[2]
+    if convolution is None:
+        return False
+    shape, one = (1, 1, 1, 1), torch.empty(1, device="meta")
+    codes, weight = (torch.empty(shape, dtype=dtype, device="meta") for dtype in (torch.uint8, torch.int8))
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    try:
+        convolution(codes, 1.0, 0, weight, one, one, None, *geometry, 1.0, 0, torch.uint8, "none", [], "")
+    except AssertionError:
+        return False
+    return True
+
+
 @functools.lru_cache(maxsize=1)
 def has_onednn() -> bool:
     """Whether torch was built with the oneDNN integer operators and this machine can run them exactly."""

@@ -17,6 +17,9 @@ nn = torch.nn
 F = nn.functional
 pytestmark = pytest.mark.skipif(not onednn.has_onednn(), reason="needs oneDNN's exact integer products")
 MANY = onednn.FEW_ROWS + 64
+stores_codes = pytest.mark.skipif(
+    not onednn.traces_codes(), reason="torch takes convolutions that store codes for errors"
+)
 
 
 def fused(model: nn.Module, *example: torch.Tensor, dynamic: bool = False) -> tuple[Counter[str], torch.Tensor]:
@@ -128,6 +131,7 @@ CONVOLUTIONS = {
 }
 
 
+@stores_codes
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_takes_in_what_follows_it(name: str) -> None:
     forward, rounded = CONVOLUTIONS[name]
@@ -151,6 +155,7 @@ def test_images_of_few_channels_are_laid_out_by_an_operator_of_ours(padding: int
     assert near(model, example, actual)
 
 
+@stores_codes
 @pytest.mark.parametrize("activation", [lambda y: y, F.relu, F.silu])
 def test_a_convolution_of_one_dimension_takes_in_what_follows_it(activation: Any) -> None:
     example = torch.randn(2, 4, 20)
@@ -215,6 +220,7 @@ SUMS = {
 }  # fmt: skip
 
 
+@stores_codes
 @pytest.mark.parametrize("name", SUMS)
 def test_a_convolution_adds_the_codes_of_what_others_make(name: str) -> None:
     forward, summed, rounded = SUMS[name]
