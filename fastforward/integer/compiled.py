@@ -36,6 +36,7 @@ _MOVES = frozenset(
     {"view", "reshape", "flatten", "transpose", "permute", torch.flatten, torch.transpose, torch.permute}
 )
 """Operators that keep every value: functions, and names of methods."""
+_DETACHING = frozenset({"detach", torch.detach})
 _POOLING_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _FEW_SCORES = 1 << 19
 """Attention of so few scores takes less in floats: a call of our operator costs more than a narrower type saves."""
@@ -45,6 +46,8 @@ def fuse(graph: Graph) -> None:
     """Let the integer layers of a program hand codes to each other, in place."""
     if not calls(graph, (ROUND, ON_GRID)):
         return
+    for node in calls(graph, (ROUND,)):
+        _take_in_detaching(node)
     for node in calls(graph, (F.scaled_dot_product_attention,)):
         _attend_to_integers(node)
     add_codes(graph)
@@ -59,6 +62,18 @@ def fuse(graph: Graph) -> None:
 
 
 # ---------------------------------------------------------------- roundings
+def _take_in_detaching(rounding: Node) -> None:
+    """Round what a model with gradients detaches first, before its channels are scaled or not: codes carry none."""
+    before: Any = rounding.args[0]
+    is_scaled = isinstance(before, Node) and before.target is operator.mul and len(before.users) == 1
+    place = before if is_scaled else rounding
+    detached = place.args[0]
+    if isinstance(detached, Node) and detached.target in _DETACHING:
+        place.update_arg(0, detached.args[0])
+        if not detached.users:
+            detached.graph.erase_node(detached)
+
+
 def _move_ahead(rounding: Node) -> None:
     """Round before data is moved, where that lets a product store codes.
 
@@ -132,7 +147,7 @@ def _take_apart(rounding: Node) -> None:
         codes = graph.call_method("clamp", (shifted, 0, highest))
         if rounding.target is ROUND:
             floats = _become_floats(rounding)  # which codes are before they are bytes
-            result = codes if floats else graph.call_method("to", (codes, torch.uint8))
+            result = graph.call_method("detach", (codes,)) if floats else graph.call_method("to", (codes, torch.uint8))
         else:
             result = graph.call_function(operator.mul, (graph.call_function(operator.sub, (codes, zero_point)), step))
     rounding.replace_all_uses_with(result)

@@ -237,6 +237,40 @@ def test_a_convolution_adds_the_codes_of_what_others_make(name: str) -> None:
     assert bool((actual - expected).square().sum() <= 1e-3 * expected.square().sum())
 
 
+@stores_codes
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_models_compiled_with_gradients_hand_on_codes_too(backend: str) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, 8, 12, 12)
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(self.a(x)))
+        return self.c(torch.relu(self.other(self.b(y)) + y)).mean((2, 3)) * self.scale.weight
+
+    layers = {name: nn.Conv2d(8, 8, 3, padding=1) for name in "abc"}
+    norms = {name: nn.BatchNorm2d(8).eval() for name in ("norm", "other")}
+    model = integer(example, forward, **layers, **norms, scale=nn.LayerNorm(8))
+    expected = outputs(model, example, runs=4)
+    model.b.adds_codes = True
+    seen: Counter[str] = Counter()
+
+    def check(program: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.fuse(program.graph)
+        program.recompile()
+        seen.update(
+            getattr(node.target, "__name__", str(node.target)).partition(".")[0] for node in program.graph.nodes
+        )
+        return torch._dynamo.lookup_backend(backend)(program, inputs)
+
+    torch._dynamo.reset()
+    actual = torch.compile(model, fullgraph=True, backend=check, dynamic=False)(example)
+    assert seen["convolution_plus_codes"] == 1 and seen["round"] == 1
+    assert bool((actual.detach() - expected).square().sum() <= 1e-3 * expected.square().sum())
+    actual.sum().backward()
+    assert torch.allclose(model.scale.weight.grad, actual.detach().sum(0), rtol=1e-4, atol=1e-4)
+    assert model.norm.weight.grad is None or not model.norm.weight.grad.any()
+
+
 def test_a_layer_whose_addend_must_stay_exact_adds_floats() -> None:
     example = torch.randn(2, 8, 12, 12)
     layers = {name: nn.Conv2d(8, 8, 3, padding=1) for name in ("stem", "a", "b", "last")}
@@ -311,7 +345,7 @@ def test_what_nobody_uses_is_left_in_the_program() -> None:
     graph.output(graph.call_method("to", (codes, torch.float32)))
     compiled.fuse(graph)
     assert [node.target for node in graph.nodes if node.op.startswith("call")] == [
-        "add_", operator.mul, torch.round, operator.add, "clamp", "to"
+        "add_", operator.mul, torch.round, operator.add, "clamp", "detach", "to"
     ]  # fmt: skip
 
 
