@@ -67,16 +67,13 @@ class DynamicIslandRounding:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Round ``x`` to a grid of its own."""
-        quantizer = self.quantizer
-        if type(x) is Deferred or not _is_plain(x) or not x.numel():
+        quantizer, compiling = self.quantizer, torch.compiler.is_compiling()
+        if type(x) is Deferred or not _is_plain(x) or not x.numel() or (compiling and not fuses("cpu")):
             return type(quantizer).simulate(quantizer, x)
-        if torch.compiler.is_compiling():
-            if not fuses("cpu"):
-                return type(quantizer).simulate(quantizer, x)
-            scale, zero_point = quantizer.parameters_for(x)
+        scale, zero_point = quantizer.parameters_for(x)
+        if compiling:
             highest = quantizer.quant_max - quantizer.quant_min
             return ROUND_TO_GRID(x, scale, scale.reciprocal(), zero_point - quantizer.quant_min, highest)
-        scale, zero_point = quantizer.parameters_for(x)
         step = float(scale)
         if not math.isfinite(step):
             return type(quantizer).simulate(quantizer, x)  # NaN stays NaN
