@@ -180,14 +180,15 @@ def plot(results: dict[str, dict[str, list[float]]], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 4))
-    names = sorted({mode for speedups in results.values() for mode in speedups})
-    for offset, mode in enumerate(names):
+    names = list(dict.fromkeys(mode for speedups in results.values() for mode in speedups))
+    width = 1 / (len(names) + 1)
+    for number, mode in enumerate(names):
         bars = {m: s[mode][0] for m, s in results.items() if mode in s}
-        places = [list(results).index(m) + offset / (len(names) + 1) for m in bars]
-        axes.bar(places, list(bars.values()), 1 / (len(names) + 1), label=mode)
+        places = [list(results).index(m) + (number - (len(names) - 1) / 2) * width for m in bars]
+        axes.bar(places, list(bars.values()), width, label=mode)
     axes.set_xticks(range(len(results)), list(results))
     axes.set_ylabel("speed-up over eager float32")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, bbox_inches="tight")
 
 
