@@ -38,8 +38,8 @@ _MOVES = frozenset(
 """Operators that keep every value: functions, and names of methods."""
 _DETACHING = frozenset({"detach", torch.detach})
 _POOLING_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_FEW_SCORES = 1 << 19
-"""Attention of so few scores takes less in floats: a call of our operator costs more than a narrower type saves."""
+_FEW_SCORES = {torch.float32: 1 << 19, torch.bfloat16: 1 << 17}
+"""Attention of fewer scores takes less in floats: a call of our operator costs more than going by codes saves."""
 
 
 def fuse(graph: Graph) -> None:
@@ -229,10 +229,10 @@ def _attend_to_integers(node: Node) -> None:
         return
     scores, scale, graph = _scores(query, value_of(operands[1])), given.get("scale"), node.graph
     width = query.shape[-1]
-    if (scale is None and type(width) is not int) or (scores is not None and scores < _FEW_SCORES):
+    dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    if (scale is None and type(width) is not int) or (scores is not None and scores < _FEW_SCORES[dtype]):
         return
     scale = 1 / math.sqrt(width) if scale is None else scale
-    dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
     with graph.inserting_before(node):
         integers = [_integers(graph, x, dtype) for x in operands]
         steps = [x.args[1] for x in operands]

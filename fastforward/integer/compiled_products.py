@@ -23,6 +23,8 @@ ADDS_CODES, PLUS_CODES = ops_chain.ADDS_CODES, ops_chain.CONVOLUTION_PLUS_CODES
 _LINEAR_ACTIVATIONS = {NO_ACTIVATION: "none", epilogues.RELU: "relu", epilogues.GELU_ERF: "gelu"}
 _LINEAR_ACTIVATIONS[epilogues.GELU_TANH] = "gelu_tanh"
 _LAYERS = {1: IntegerConv1d, 2: IntegerConv2d, 3: IntegerConv3d}
+_MANY_RESULTS = 1 << 17
+"""From so many results on, activations that oneDNN fuses with few rows save more than a call of our operator costs."""
 CONVOLUTIONS = tuple(known for known in onednn.CONVOLUTIONS.values() if known is not None)
 _SCALE, _BIAS, _STRIDE, _GEOMETRY, _RESULT = 4, 6, 7, slice(7, 11), slice(11, 17)
 """Where oneDNN's convolution has its arguments."""
@@ -60,6 +62,7 @@ class Linear:
         shape = None if value is None else list(value.shape)
         static = shape is not None and all(type(size) is int for size in shape)
         self.few = shape if static and math.prod(shape[:-1]) <= onednn.FEW_ROWS else None  # type: ignore[index]
+        self.many = static and math.prod(shape) >= _MANY_RESULTS  # type: ignore[arg-type]
 
     def take(self, user: Node) -> bool:
         """Take in the operator ``user`` of the result so far, if the kernel can."""
@@ -73,20 +76,25 @@ class Linear:
 
     def codes(self, smoothing: Node | None, grid: tuple[Any, ...]) -> Node | None:
         """The result as codes on a grid, ``None`` if the compiler does better."""
-        if self.few and (self.activation is NO_ACTIVATION or smoothing is not None):
+        if self.few and (self._is_plain() or smoothing is not None):
             return None
         arguments = (*self.operands, _LINEAR_ACTIVATIONS[self.activation], smoothing, *grid[:4])
         return self.graph.call_function(LINEAR_TO_CODES, arguments)
 
     def settle(self, node: Node, last: Node) -> None:
         """Compute floats; ``last`` is the operator taken in last."""
-        replaced = node if self.few else last
+        plain = self._is_plain()
+        replaced = node if plain else last
         with self.graph.inserting_before(replaced.next):
-            if self.few:
+            if self.few and plain:
                 replaced.replace_all_uses_with(self._multiplied(self.few))
             elif self.activation is not NO_ACTIVATION:
                 name = _LINEAR_ACTIVATIONS[self.activation]
                 replaced.replace_all_uses_with(self.graph.call_function(LINEAR, (*self.operands, name)))
+
+    def _is_plain(self) -> bool:
+        """Whether torch's plain product and what the compiler makes of the rest take less than our operator."""
+        return bool(self.few) and (self.activation is NO_ACTIVATION or not self.many)
 
     def _multiplied(self, shape: list[int]) -> Node:
         """Torch's plain product, whose epilogue the compiler fuses with what follows."""

@@ -11,7 +11,7 @@ import torch._inductor.config
 from calibrated import Net, activation_quantizer, outputs, simulated
 
 import fastforward as ff
-from fastforward.integer import compiled, onednn
+from fastforward.integer import compiled, compiled_products, onednn
 
 nn = torch.nn
 F = nn.functional
@@ -106,6 +106,19 @@ def test_few_rows_are_left_to_the_compiler() -> None:
     model = integer(example, lambda self, x: self.b(torch.relu(self.a(x))), a=nn.Linear(16, 48), b=nn.Linear(48, 8))
     found, actual = fused(model, example)
     assert not any("linear_to" in name for name in found)
+    assert near(model, example, actual)
+
+
+@pytest.mark.parametrize("few", [1 << 20, 0])
+def test_few_rows_go_to_our_operator_if_many_of_their_results_are_activated(
+    monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(compiled_products, "_MANY_RESULTS", few)
+    example = torch.randn(8, 16)
+    model = integer(example, lambda self, x: F.gelu(self.a(x)), a=nn.Linear(16, 48))
+    found, actual = fused(model, example)
+    assert found["linear_to_floats"] == (few == 0)
+    assert found["gelu"] == (few > 0)
     assert near(model, example, actual)
 
 
@@ -300,7 +313,7 @@ class Attention(ff.nn.QuantizedModule, nn.Module):
 def test_attention_takes_codes_where_there_are_many_scores(
     monkeypatch: pytest.MonkeyPatch, masked: bool, few: int, taken: int
 ) -> None:
-    monkeypatch.setattr(compiled, "_FEW_SCORES", few)
+    monkeypatch.setattr(compiled, "_FEW_SCORES", dict.fromkeys(compiled._FEW_SCORES, few))
     example = torch.randn(2, MANY, 32)
     mask = torch.rand(MANY, MANY) > 0.2 if masked else None
     model = integer(example, lambda self, x: self.m(x, mask), m=Attention())
@@ -311,7 +324,7 @@ def test_attention_takes_codes_where_there_are_many_scores(
 
 
 def test_a_mask_changed_in_place_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_FEW_SCORES", 0)
+    monkeypatch.setattr(compiled, "_FEW_SCORES", dict.fromkeys(compiled._FEW_SCORES, 0))
     example = torch.randn(2, MANY, 32)
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,12 @@ def _as_inductor_runs_here() -> Iterator[None]:
 @contextlib.contextmanager
 def _all_rules() -> Iterator[None]:
     """The pass's rules for many rows and many scores hold for few as well, in the type in which eager mode takes few."""
-    changed = [(onednn, "FEW_ROWS", 0), (compiled, "_FEW_SCORES", 0), (compiled, "multiplies_bfloat16", lambda: False)]
+    few = dict.fromkeys(compiled._FEW_SCORES, 0)
+    changed = [
+        (onednn, "FEW_ROWS", 0),
+        (compiled, "_FEW_SCORES", few),
+        (compiled, "multiplies_bfloat16", lambda: False),
+    ]
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
         for module, name, value in changed:
