@@ -13,7 +13,9 @@ from fastforward.integer.forms import plan
 from fastforward.integer.islands import speed_up
 from fastforward.integer.linear import IntegerLinear
 from fastforward.integer.measured import MeasuredLayer
+from fastforward.integer.measured_rows import MeasuredRows
 from fastforward.integer.recurrent import IntegerRecurrent
+from fastforward.integer.shared import forget
 from fastforward.integer.shortcuts import join_sequences, take_shortcuts
 from fastforward.nn.call_paths import pending_quantizers
 from fastforward.nn.conversion import integer_layers
@@ -22,6 +24,10 @@ from fastforward.nn.quantizer import Quantizer
 
 BACKENDS = ("auto", "onednn", "int_mm", "kernels")
 _LEARNING_RUNS = 3
+_MEASURING_RUNS = 8
+"""At most so many where layers time their kernels in place."""
+_MEASURED = (IntegerLinear, MeasuredLayer, MeasuredRows, IntegerRecurrent)
+"""Layers whose kernels may be chosen by measurement."""
 
 
 def convert(
@@ -74,7 +80,7 @@ def finish(
         ``model``.
     """
     for layer in layers:
-        if isinstance(layer, IntegerLinear | MeasuredLayer | IntegerRecurrent):
+        if isinstance(layer, _MEASURED):
             layer.start(backend, measure=example_inputs is not None)
     for _, quantizer in (*_quantizers(model), *pending_quantizers(model)):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
@@ -106,14 +112,20 @@ def require_calibrated(model: torch.nn.Module) -> None:
 
 def learn(model: torch.nn.Module, example_inputs: Any) -> None:
     """Run the model a few times without gradients, so that layers measure kernels and see what follows them."""
+    in_place = [module for module in model.modules() if isinstance(module, MeasuredRows)]
     with torch.no_grad():
-        for _ in range(_LEARNING_RUNS):
+        for run in range(_MEASURING_RUNS):
+            if run >= _LEARNING_RUNS and not any(layer.undecided for layer in in_place):
+                break
+            forget()  # what a layer makes of its input counts, though this input comes again
             for result in torch.utils._pytree.tree_leaves(call(model, example_inputs)):
                 if type(result) is Deferred:
                     result.materialize()
     for module in model.modules():
-        if isinstance(module, IntegerLinear | MeasuredLayer | IntegerRecurrent):
+        if isinstance(module, _MEASURED):
             module.measures = False
+    for layer in in_place:
+        layer.settle()
 
 
 def call(model: torch.nn.Module, inputs: Any) -> Any:

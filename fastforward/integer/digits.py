@@ -13,11 +13,15 @@ LARGEST = 2.0**22 - 1
 _MIDDLE = 2.0**22
 _MAGIC = 1.5 * 2.0**23
 _PLACES = (1.0, 256.0, 65536.0)
+_SIGNED = 0x8080
+"""Half a digit in each of the lower two places: what is added before, and flipped after, makes bytes signed digits."""
 CENTER = _MIDDLE / sum(_PLACES)
 """What each digit would be for a real zero, if all three were alike; a bias of the kernel takes it off again."""
 
 _magic = torch.tensor(_MAGIC)
 _places = torch.tensor([_PLACES]) / LARGEST
+_signed_places = torch.tensor([*_PLACES, 0.0]) / LARGEST  # the fourth byte repeats the sign
+_signed_from = _SIGNED - int(_magic.view(torch.int32))
 
 
 def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +48,21 @@ def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.as_strided_copy(shifted.view(torch.uint8), (DIGITS, k), (1, 4)), top * _places
         split = torch.as_strided_copy(shifted.view(torch.uint8), (DIGITS, rows, k), (1, 4 * k, 4))
     return split, (top * _places).unsqueeze(1)
+
+
+def signed_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write one row in signed digits, which lie side by side as its bytes do.
+
+    Args:
+        x: ``[..., k]`` of one row, of any float dtype.
+
+    Returns:
+        Digits, int8 ``[k, 4]``, and the real value of one unit of each, float32 ``[4]``: ``x = digits @ values``.
+    """
+    row = x.detach().reshape(-1).float()
+    top = row.abs().amax()
+    bits = torch.addcdiv(_magic, row, top, value=LARGEST).view(torch.int32)
+    return bits.add_(_signed_from).bitwise_xor_(_SIGNED).view(torch.int8).view(-1, 4), top * _signed_places
 
 
 def digits_of_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

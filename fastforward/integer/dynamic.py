@@ -5,7 +5,6 @@ from typing import Any
 import fastforward_kernels as kernels
 import torch
 from fastforward_kernels import memory
-from fastforward_kernels.cpu_matmul import packed_linear
 from fastforward_kernels.int_mm import int_mm
 from fastforward_kernels.ops_chain import LINEAR_TO_FLOATS
 
@@ -13,6 +12,7 @@ from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import onednn
 from fastforward.integer.grid import in_blocks
 from fastforward.integer.layer import become, output_from_json, output_to_json, require_shape, successor
+from fastforward.integer.measured_rows import FLOAT, MeasuredRows
 from fastforward.integer.row_codes import RowCodes, RowRounding, row_rounding
 from fastforward.integer.shared import shared
 from fastforward.integer.tracing import fuses
@@ -26,7 +26,7 @@ from fastforward.quantization.granularity import PerTensor, PerToken
 _GRANULARITIES = {"PerTensor": PerTensor, "PerToken": PerToken}
 
 
-class IntegerDynamicLinear(torch.nn.Linear):
+class IntegerDynamicLinear(MeasuredRows):
     """``y = x W^T + b`` with an int8 weight and activations quantized by their own range, per token or per tensor.
 
     Buffers ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``, float32) replace
@@ -34,13 +34,9 @@ class IntegerDynamicLinear(torch.nn.Linear):
     """
 
     holds_integers = True
-    weight_int8: torch.Tensor
-    weight_scale: torch.Tensor
     inverse_smoothing: torch.Tensor | None
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
     quantizer: DynamicLinearQuantizer
-    output_quantizer: Quantizer | None
-    _packed: torch.Tensor | None
     _rounding: RowRounding
     _sums: torch.Tensor
     _real_sums: torch.Tensor
@@ -79,27 +75,29 @@ class IntegerDynamicLinear(torch.nn.Linear):
         object.__setattr__(self, "quantizer", quantizer)
         object.__setattr__(self, "output_quantizer", output_quantizer)
         self._prepare()
+        self.start()
 
     def _prepare(self) -> None:
         """Compute what is derived from the weight; compilers find it there."""
         self._rounding = row_rounding(self.quantizer.grid, self.quantizer.granularity)
         sums = channel_sums(self.weight_int8)
-        self._packed, self._sums = None, sums.to(torch.int32)
+        self.forget_copies()
+        self._sums = sums.to(torch.int32)
         self._real_sums = (sums * self.weight_scale.double()).float()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
+    def default_kernel(self, rows: int) -> str:
+        return "int_mm" if self.backend == "auto" and rows <= onednn.SMALL_ROWS else super().default_kernel(rows)
+
+    def by_kernel(self, input: torch.Tensor, kernel: str) -> torch.Tensor:
         if input.numel() == 0:
             return input.new_empty(*input.shape[:-1], self.out_features)
         smoothing = self.inverse_smoothing
         if input.device.type != "cpu":
-            y = self._by_kernels(input.detach() if smoothing is None else input.detach() * smoothing, input.dtype)
-        else:
-            rounding = self._rounding
-            rows = shared(input, rounding) if smoothing is None else rounding(input.detach() * smoothing)
-            y = self._traced(rows) if torch.compiler.is_compiling() else self._product(rows)
-            y = y.view(*input.shape[:-1], self.out_features).to(input.dtype)
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+            return self._by_kernels(input.detach() if smoothing is None else input.detach() * smoothing, input.dtype)
+        rounding = self._rounding
+        rows = shared(input, rounding) if smoothing is None else rounding(input.detach() * smoothing)
+        y = self._traced(rows) if torch.compiler.is_compiling() else self._product(rows, kernel)
+        return y.view(*input.shape[:-1], self.out_features).to(input.dtype)
 
     def _by_kernels(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The whole layer in one operator, which quantizes the input on its way."""
@@ -121,37 +119,36 @@ class IntegerDynamicLinear(torch.nn.Linear):
         y = (product - zero_point * self._real_sums) * scale
         return y if self.bias is None else y + self.bias.detach()
 
-    def _product(self, rows: RowCodes) -> torch.Tensor:
+    def _product(self, rows: RowCodes, kernel: str) -> torch.Tensor:
         """Multiply by blocks of rows that stay in the cache; each operator has one parameter, as ATen likes."""
         y = memory.mapped(torch.empty(rows.codes.shape[0], self.out_features))
         offsets = (-rows.zero_point * rows.scale).flatten()
         parts = (in_blocks(t, self.out_features) for t in (rows.codes, rows.scale, offsets, y))
         for codes, scale, offset, target in zip(*parts, strict=True):
-            torch.mul(self._multiplied(codes), scale, out=target).addr_(offset, self._real_sums)
+            torch.mul(self._multiplied(codes, kernel), scale, out=target).addr_(offset, self._real_sums)
             if self.bias is not None:
                 target.add_(self.bias.detach())
         return y
 
-    def _multiplied(self, codes: torch.Tensor) -> torch.Tensor:
+    def _multiplied(self, codes: torch.Tensor, kernel: str) -> torch.Tensor:
         """Codes times the weight in real units, float32."""
-        if codes.shape[0] <= onednn.SMALL_ROWS or not onednn.has_onednn():
+        if kernel == "int_mm":
             return int_mm(codes, self.weight_int8.t()) * self.weight_scale
         zeros = onednn._zeros(self.out_features)
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 0, self._pack(), self.weight_scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            codes, 1.0, 0, self.packed(), self.weight_scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
-
-    def _pack(self) -> torch.Tensor:
-        if self._packed is None:
-            self._packed = packed_linear(self.weight_int8)
-        return self._packed
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The float weight that the integers stand for, computed now; the original one if it was kept."""
         kept = self._parameters.get("weight")
         return self.weight_int8 * self.weight_scale[:, None] if kept is None else kept
+
+    def float_weight(self) -> torch.Tensor:
+        weight = self.weight_int8 * self.weight_scale[:, None]
+        return weight if self.inverse_smoothing is None else weight * self.inverse_smoothing
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerDynamicLinear":
         """Move with the model; scales stay float32."""
@@ -160,12 +157,10 @@ class IntegerDynamicLinear(torch.nn.Linear):
         self._prepare()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_packed": None}
-
     def chain_link(self) -> tuple[str, str, str, str]:
         """Operator, type of the input, type of the result and kernel, for a report."""
+        if self.kernel_names() == FLOAT:
+            return "linear", "float32", "float32", FLOAT
         per = "token" if isinstance(self.quantizer.granularity, PerToken) else "tensor"
         return "linear", "float32", "float32", f"uint8 x int8, input scale per {per}"
 
@@ -179,6 +174,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
             "restricted": quantizer.restricted,
             "granularity": type(quantizer.granularity).__name__,
             "output": output_to_json(self.output_quantizer),
+            **self.kernel_state(),
         }
         return tensors_of(self), data
 
@@ -206,6 +202,7 @@ class IntegerDynamicLinear(torch.nn.Linear):
         new._parameters["bias"] = None
         integers, scale, output = tensors["weight_int8"], tensors["weight_scale"], output_from_json(data["output"])
         new.install(integers, scale, tensors.get("bias"), tensors.get("inverse_smoothing"), quantizer, output)
+        new.take_kernels(data)
         layer: torch.nn.Module = new
         return layer
 

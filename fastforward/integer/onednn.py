@@ -65,7 +65,11 @@ def _exact() -> bool:
     y = torch.ops.onednn.qlinear_pointwise.default(
         codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    return bool((y == 127 * 255 * depth).all()) and bool((int_mm(codes, weight.t()) == 127 * 255 * depth).all())
+    columns = torch.full((depth, 4), -128, dtype=torch.int8)
+    plain, left = int_mm(codes, weight.t()), int_mm(weight, columns)
+    return bool(
+        (y == 127 * 255 * depth).all() and (plain == 127 * 255 * depth).all() and (left == -127 * 128 * depth).all()
+    )
 
 
 def convolve(

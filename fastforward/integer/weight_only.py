@@ -1,8 +1,9 @@
 """WeightOnlyLinear: integer weights and floating activations, for decoding one token at a time.
 
 There the time goes into reading the weight, so fewer bytes per weight are what counts. An int8 weight is multiplied by
-the activation split into three 8-bit digits, which together hold every float32 value to its own rounding. An
-int4 weight goes to torch's grouped int4 kernel, which is fast in bfloat16 only: activations, scales and results are
+the activation split into three 8-bit digits, which together hold every float32 value to its own rounding: by oneDNN as
+three rows, or for one row by torch's plain product as columns, which takes the weight as it is, without a packed copy.
+An int4 weight goes to torch's grouped int4 kernel, which is fast in bfloat16 only: activations, scales and results are
 rounded to it, a hundredth of what four bits cost.
 """
 
@@ -11,13 +12,13 @@ from typing import Any
 
 import torch
 from fastforward_kernels import memory
-from fastforward_kernels.cpu_matmul import packed_linear
 from fastforward_kernels.int_mm import int_mm
 from fastforward_kernels.ops_chain import LINEAR_TO_FLOATS
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
 from fastforward.integer.layer import become, successor
+from fastforward.integer.measured_rows import FLOAT, MeasuredRows
 from fastforward.integer.shared import shared
 from fastforward.integer.tracing import fuses
 from fastforward.integer.weights import (
@@ -38,7 +39,7 @@ _PACKED_AT_ONCE = 512
 GROUPS = (256, 128, 64, 32)
 
 
-class WeightOnlyLinear(torch.nn.Linear):
+class WeightOnlyLinear(MeasuredRows):
     """``y = x W^T + b`` with an int8 or int4 weight.
 
     Buffers: for 8 bits ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``,
@@ -47,13 +48,10 @@ class WeightOnlyLinear(torch.nn.Linear):
     """
 
     holds_integers = True
-    weight_int8: torch.Tensor
     weight_int4: torch.Tensor
-    weight_scale: torch.Tensor
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
     group: int
     _offset: torch.Tensor
-    _packed: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "WeightOnlyLinear":
@@ -79,15 +77,15 @@ class WeightOnlyLinear(torch.nn.Linear):
             self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
         self.group = group
         self._prepare()
+        self.start()
         if group:
             memory.use_huge_pages(self.weight_int4.data_ptr(), self.weight_int4.nbytes)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles pack again: a packed weight is an opaque tensor of this process.
-        return {**self.__dict__, "_packed": None}
+    def kernels(self) -> tuple[str, ...]:
+        return ("int4",) if self.group else super().kernels()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``.
+    def by_kernel(self, input: torch.Tensor, kernel: str) -> torch.Tensor:
+        """As :meth:`MeasuredRows.by_kernel`.
 
         Raises:
             UnsupportedOperatorError: ``input`` is not on a CPU.
@@ -98,7 +96,7 @@ class WeightOnlyLinear(torch.nn.Linear):
                 "move the model there first, then quantize and convert it"
             )
             raise UnsupportedOperatorError(msg)
-        y = self._int4(input) if self.group else self._int8(input)
+        y = self._int4(input) if self.group else self._int8(input, kernel)
         if self.bias is not None:
             y = y.add_(self.bias.detach())
         if input.dim() != 2:
@@ -109,10 +107,17 @@ class WeightOnlyLinear(torch.nn.Linear):
         rows = shared(input, _bfloat16_rows)
         return torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group, self.weight_scale).float()
 
-    def _int8(self, input: torch.Tensor) -> torch.Tensor:
+    def _int8(self, input: torch.Tensor, kernel: str) -> torch.Tensor:
+        if kernel == "int_mm" and input.numel() == self.in_features:
+            return self._one_row(input)
         split, values = shared(input, digits.digits_of_rows)
-        plain = torch.compiler.is_compiling() or not onednn.has_onednn()
-        return digits.multiply(split, values, self._traced if plain else self._onednn)
+        return digits.multiply(split, values, self._onednn if kernel == "onednn" else self._traced)
+
+    def _one_row(self, input: torch.Tensor) -> torch.Tensor:
+        """The product with the weight as the left matrix, of which every byte is read once, where it lies."""
+        columns, values = shared(input, digits.signed_digits)
+        product = int_mm(self.weight_int8, columns)
+        return torch.mv(product.float(), values).mul_(self.weight_scale).unsqueeze(0)
 
     def _traced(self, codes: torch.Tensor) -> torch.Tensor:
         """The product in operators that compilers and exporters understand; an exported program runs without ours."""
@@ -122,19 +127,15 @@ class WeightOnlyLinear(torch.nn.Linear):
         return torch.addcmul(self._offset, product, self.weight_scale).view(*codes.shape[:-1], -1)
 
     def _onednn(self, codes: torch.Tensor) -> torch.Tensor:
-        packed, zeros = self._packed or self._pack()
+        zeros = onednn._zeros(self.out_features)
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            codes, 1.0, 0, packed, self.weight_scale, zeros, self._offset, 1.0, 0, torch.float32, "none", [], ""
+            codes, 1.0, 0, self.packed(), self.weight_scale, zeros, self._offset, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
 
-    def _pack(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self._packed = packed_linear(self.weight_int8), onednn._zeros(self.out_features)
-        return self._packed
-
     def _prepare(self) -> None:
         """Compute what is derived from the weight; compilers find it there."""
-        self._packed = None
+        self.forget_copies()
         if not self.group:
             # What the digits of real zero add to a product, and is to be taken off again.
             self._offset = (channel_sums(self.weight_int8) * self.weight_scale.double() * -digits.CENTER).float()
@@ -143,8 +144,9 @@ class WeightOnlyLinear(torch.nn.Linear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The float weight that the integers stand for, computed now; the original one if it was kept."""
         kept = self._parameters.get("weight")
-        if kept is not None:
-            return kept
+        return self.float_weight() if kept is None else kept
+
+    def float_weight(self) -> torch.Tensor:
         if self.group:
             return self._int4(torch.eye(self.in_features)).t()
         return self.weight_int8 * self.weight_scale[:, None]
@@ -158,11 +160,15 @@ class WeightOnlyLinear(torch.nn.Linear):
 
     def chain_link(self) -> tuple[str, str, str, str]:
         """Operator, type of the input, type of the result and kernel, for a report."""
-        return "linear", "float32", "float32", f"int{4 if self.group else 8} weight only"
+        chosen = self.kernel_names()
+        if chosen == FLOAT:
+            return "linear", "float32", "float32", FLOAT
+        how = f": {chosen}" if chosen and not self.group else ""
+        return "linear", "float32", "float32", f"int{4 if self.group else 8} weight only{how}"
 
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and JSON data: all that it takes to build the layer again."""
-        return tensors_of(self), {"group": self.group}
+        return tensors_of(self), {"group": self.group, **self.kernel_state()}
 
     @classmethod
     def from_quantization_state(
@@ -183,6 +189,7 @@ class WeightOnlyLinear(torch.nn.Linear):
             raise StateError(msg)
         new._parameters["bias"] = None
         new.install({name: tensors[name], "weight_scale": tensors["weight_scale"]}, tensors.get("bias"), group)
+        new.take_kernels(data)
         layer: torch.nn.Module = new
         return layer
 

@@ -186,6 +186,11 @@ def packed_linear(weight: Tensor) -> Tensor:
     return made
 
 
+def drop_packed_linear(weight: Tensor) -> None:
+    """Forget what :func:`packed_linear` made of a weight that other kernels multiply faster."""
+    PACKS.drop(weight, "linear")
+
+
 def _made_by_onednn(
     out_dtype: torch.dtype, out_scale: Tensor | None, out_zero_point: Tensor | None
 ) -> tuple[float, torch.dtype]:

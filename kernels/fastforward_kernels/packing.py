@@ -141,3 +141,7 @@ class PackCache:
         made = build()
         self._entries[slot] = (weakref.ref(weight, lambda _: self._entries.pop(slot, None)), version, made)
         return made
+
+    def drop(self, weight: Tensor, key: Any) -> None:
+        """Forget what was made for ``weight`` and ``key``; whoever holds it keeps it."""
+        self._entries.pop((id(weight), key), None)
