@@ -2,8 +2,8 @@
 
 Where that result exists as codes only, because a layer before took it so, and the sum is to become codes too, codes are
 added: the addend is then rounded. The first call measures how much noise this adds; where it exceeds twice what the
-rounded input of the layer brings anyway, or twice that of rounding the sum, floats are added: noise piles up from sum to
-sum. With these bounds 4 to 28 sums of residual networks cost 0.3 dB at most.
+rounded input of the layer brings anyway, or twice that of rounding the sum, floats are added: noise piles up from sum
+to sum. With these bounds 4 to 28 sums of residual networks cost 0.3 dB at most.
 """
 
 from typing import TYPE_CHECKING, Any
