@@ -94,9 +94,9 @@ class IntegerConv(MeasuredLayer):
         """Convolve ``[batch, in_channels, *size]``, in the dtype of ``input``."""
         if torch.compiler.is_compiling():
             return self._traced(input)
-        product = self.begin(input)
-        if product is not None:
-            return self.defer(product)
+        begun = self.begin(input)
+        if begun is not None:
+            return self.defer(begun) if isinstance(begun, Product) else begun
         if self.prefers_floats(input):
             return self.in_floats(input)
         batched = input.dim() == self._dimensions
@@ -107,12 +107,12 @@ class IntegerConv(MeasuredLayer):
             y = self.output_quantizer(y)
         return y if batched else y.squeeze(0)
 
-    def begin(self, input: torch.Tensor) -> Product | None:
+    def begin(self, input: torch.Tensor) -> Product | torch.Tensor | None:
         shape, dtype = (input._shape, input._dtype) if type(input) is Deferred else (input.shape, input.dtype)
         if not self.defers or self.output_quantizer is not None or len(shape) != self._dimensions:
             return None
         if self.prefers_floats(input):
-            return None
+            return self.in_floats(input)
         return self.product(self.codes(input), dtype)
 
     def follow(self, before: Product) -> Product | None:

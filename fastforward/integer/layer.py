@@ -186,8 +186,11 @@ class IntegerLayer(torch.nn.Module):
         """The shape of the result for an input of the shape of ``codes``."""
         raise NotImplementedError
 
-    def begin(self, input: torch.Tensor) -> Product | None:
-        """The product for an input, if nothing but what follows it in the program is left to decide."""
+    def begin(self, input: torch.Tensor) -> Product | torch.Tensor | None:
+        """The product for an input, if nothing but what follows it in the program is left to decide.
+
+        Else the result, or ``None`` if the layer is to be called.
+        """
         return None
 
     def follow(self, before: Product) -> Product | torch.Tensor | None:

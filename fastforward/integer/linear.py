@@ -12,6 +12,7 @@ from fastforward.integer import onednn, portable
 from fastforward.integer.choose import fastest
 from fastforward.integer.deferred import Product
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue
+from fastforward.integer.float_copy import FloatCopy
 from fastforward.integer.grid import Grid, grid_of
 from fastforward.integer.layer import IntegerLayer, become, require_known
 from fastforward.integer.tracing import fuses, is_exporting
@@ -22,7 +23,7 @@ from fastforward.nn.operands import quantize_parameter
 _KERNELS = ("onednn", "int_mm", "kernels", "float")
 
 
-class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
+class IntegerLinear(IntegerLayer, FloatCopy):  # type: ignore[override]
     """``y = x W^T + b`` with integer operands.
 
     Buffers ``weight_int8`` (``[out_features, in_features]``) and ``weight_scale`` (``[out_features]``, float32) replace
@@ -32,7 +33,6 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
     channels_first = False
     _packed: torch.Tensor | None
     _columns: torch.Tensor | None
-    _float_weight: torch.Tensor | None
     _operands: portable.Operands
     _kernels: dict[tuple[int, bool], str]
     backend: str
@@ -89,19 +89,15 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
         """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``input``."""
         if torch.compiler.is_compiling():
             return self._traced(input)
-        product = self.begin(input)
-        if product is not None:
-            return self.defer(product)
-        if self._float_wins and self._kernels.get((input.numel() // self.in_features, False)) == "float":
-            return self._in_floats(input)
-        return self._computed(self.codes(input), input.dtype)
+        begun = self.begin(input)
+        return self.defer(begun) if isinstance(begun, Product) else begun
 
-    def begin(self, input: torch.Tensor) -> Product | None:
-        if not self.defers:
-            return None
+    def begin(self, input: torch.Tensor) -> Product | torch.Tensor:
         if self._float_wins and self._kernels.get((input.numel() // self.in_features, False)) == "float":
-            return None
-        return self.product(self.codes(input), input.dtype)
+            y = self.in_floats(input)
+            return y if self.output_quantizer is None else self.output_quantizer(y)
+        codes = self.codes(input)
+        return self.product(codes, input.dtype) if self.defers else self._computed(codes, input.dtype)
 
     def follow(self, before: Product) -> Product | torch.Tensor | None:
         if self._float_wins:
@@ -191,19 +187,12 @@ class IntegerLinear(IntegerLayer, torch.nn.Linear):  # type: ignore[override]
             return lambda: (self.grid.fresh_codes(x), run())
 
         integers = {kernel: quantizing(run) for kernel, run in candidates.items()}
-        return {"float": lambda: activation.apply(self._in_floats(x)), **integers}
+        return {"float": lambda: activation.apply(self.in_floats(x)), **integers}
 
-    def _in_floats(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.nn.functional.linear(x, self._dense(x.dtype), bias)
-
-    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as floats, kept: for layers so small that integers lose."""
-        if self._float_weight is None or self._float_weight.dtype != dtype:
-            smoothing = self.grid.inverse_smoothing
-            weight = self.weight_int8.float() * self.weight_scale[:, None]
-            self._float_weight = (weight if smoothing is None else weight * smoothing).to(dtype)
-        return self._float_weight
+    def float_weight(self) -> torch.Tensor:
+        smoothing = self.grid.inverse_smoothing
+        weight = self.weight_int8.float() * self.weight_scale[:, None]
+        return weight if smoothing is None else weight * smoothing
 
     def _pack(self) -> torch.Tensor:
         if self._packed is None:

@@ -9,6 +9,7 @@ from fastforward_kernels.cpu_matmul import drop_packed_linear, packed_linear
 
 from fastforward.integer import onednn
 from fastforward.integer.choose import Trial
+from fastforward.integer.float_copy import FloatCopy
 from fastforward.integer.layer import require_known
 from fastforward.nn.quantizer import Quantizer
 
@@ -18,7 +19,7 @@ _SMALL = 1 << 20
 """Weights of a layer that may keep them as floats too. Larger ones would take back the memory that integers save."""
 
 
-class MeasuredRows(torch.nn.Linear):
+class MeasuredRows(FloatCopy):
     """A linear layer whose kernel is measured per number of rows; the choice is part of the state.
 
     Subclasses say which kernels they have for integers, and compute by them. Floats are one more for small weights,
@@ -33,7 +34,6 @@ class MeasuredRows(torch.nn.Linear):
     _kernels: dict[int, str]
     _trials: dict[int, Trial]
     _packed: torch.Tensor | None
-    _float_weight: torch.Tensor | None
 
     def kernels(self) -> tuple[str, ...]:
         """The kernels for integers that run here, the default for many rows first."""
@@ -44,10 +44,6 @@ class MeasuredRows(torch.nn.Linear):
 
         Compiled programs have one form, whatever the kernel.
         """
-        raise NotImplementedError
-
-    def float_weight(self) -> torch.Tensor:
-        """The weight that an input, as it arrives, is multiplied by: computed from the integers."""
         raise NotImplementedError
 
     def start(self, backend: str = "auto", *, measure: bool = False) -> None:
@@ -124,7 +120,7 @@ class MeasuredRows(torch.nn.Linear):
             self.settle()
 
     def _run(self, kernel: str, input: torch.Tensor) -> torch.Tensor:
-        return self._in_floats(input) if kernel == FLOAT else self.by_kernel(input, kernel)
+        return self.in_floats(input) if kernel == FLOAT else self.by_kernel(input, kernel)
 
     def _tried(self, rows: int, input: torch.Tensor) -> torch.Tensor:
         """The product by each kernel in turn, timed."""
@@ -134,9 +130,3 @@ class MeasuredRows(torch.nn.Linear):
         if trial.decided:
             self._kernels[rows] = trial.winner()
         return result
-
-    def _in_floats(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._float_weight, self._parameters["bias"]
-        if weight is None or weight.dtype != input.dtype:
-            weight = self._float_weight = self.float_weight().to(input.dtype)
-        return torch.nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))

@@ -88,7 +88,7 @@ def _with_shortcut(cls: Any) -> Callable[..., Any]:
     shortcut = SHORTCUTS[_float_class(cls)][0]
 
     def forward(self: Any, input: Any) -> Any:
-        if type(input) is Deferred and getattr(self, "_float_only", True):
+        if type(input) is Deferred and _is_float_only(self):
             result = shortcut(self, input)
             if result is not NotImplemented:
                 return result
@@ -110,7 +110,7 @@ def _joined(cls: Any) -> Callable[..., Any]:
     """``torch.nn.Sequential.forward`` for products."""
 
     def forward(self: Any, input: Any) -> Any:
-        if torch.compiler.is_compiling() or _all_are_observed() or not getattr(self, "_float_only", True):
+        if torch.compiler.is_compiling() or _all_are_observed() or not _is_float_only(self):
             return cls.forward(self, input)
         value: Any = input
         for child in self._modules.values():
@@ -128,13 +128,15 @@ def _unseen(module: Any, value: Any) -> Any:
     if isinstance(module, IntegerLayer):
         result = module.follow(value) if isinstance(value, Product) else module.begin(value)
         return NotImplemented if result is None else result
-    if (
-        way_of(module) is not _with_shortcut
-        or not isinstance(value, Product)
-        or not getattr(module, "_float_only", True)
-    ):
+    if way_of(module) is not _with_shortcut or not isinstance(value, Product) or not _is_float_only(module):
         return NotImplemented
     return SHORTCUTS[_float_class(type(module))][1](module, value)
+
+
+def _is_float_only(module: Any) -> bool:
+    """Whether no quantizer of ``module`` is active; most have none, for which ``getattr`` would look everywhere."""
+    only: bool = module.__dict__.get("_float_only", True)
+    return only
 
 
 def _tensor(value: Any) -> Any:

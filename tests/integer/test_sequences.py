@@ -9,7 +9,7 @@ import torch
 from calibrated import activation_quantizer, close, outputs, simulated
 
 import fastforward as ff
-from fastforward.integer import deferred
+from fastforward.integer import deferred, linear
 
 nn = torch.nn
 
@@ -96,3 +96,15 @@ def test_copies_and_pickles_run_alike(converted: Any, monkeypatch) -> None:
         assert tensors_made(other, x, monkeypatch) == 1
         other[5] = nn.Identity()
         assert not torch.equal(outputs(other, x), outputs(model, x)), "it runs its own modules, not the original's"
+
+
+def test_a_layer_that_stays_float_rounds_its_result_where_that_is_quantized(monkeypatch) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(3, 16)
+    simulated(model, x)
+    model[0].output_quantizer = activation_quantizer(-4.0, 4.0)
+    monkeypatch.setattr(linear, "fastest", lambda ways, device: "float")
+    ff.convert(model, example_inputs=x)
+    assert ff.integer.explain(model).islands
+    y = outputs(model, x)
+    assert torch.equal(y, model[0].output_quantizer(y)) and torch.equal(y, outputs(model[0], x))
