@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.compiler import is_dynamo_compiling
 
 from fastforward.autoquant.dynamic import apply
+from fastforward.autoquant.overriding import in_place_of
 from fastforward.exceptions import QuantizationError
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class CompiledScope(Sites):
         """What to call for ``function``: what eager execution found there."""
         if not is_dynamo_compiling():  # a function that goes on by itself after a graph break
             return self.scope.callee(number, function)
+        if (ours := in_place_of(function)) is not None:
+            return ours
         known = self.scope.memo.get(number, ())
         for how, callee, what, _ in known:
             if how == CONSTANT:

@@ -25,6 +25,7 @@ import torch
 import torch.utils._pytree
 import torch.utils.checkpoint
 
+from fastforward.autoquant import overriding
 from fastforward.autoquant.callees import UNKNOWN
 from fastforward.autoquant.class_attributes import attributes_around
 from fastforward.autoquant.effects import EffectsOf
@@ -220,7 +221,7 @@ class Engine:
             return "call"
         if is_autograd_function(target):
             return "call"
-        if target is torch.backends.mha.get_fastpath_enabled:
+        if target is torch.backends.mha.get_fastpath_enabled or overriding.in_place_of(target) is not None:
             return "call"
         if isinstance(target, (types.FunctionType, types.BuiltinFunctionType, type)):
             return "call" if target in self.higher_order else "leave"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from fastforward.autoquant import overriding
 from fastforward.autoquant.callpath import FIRST, Announced, taken
 from fastforward.autoquant.compiled_scope import (
     CONSTANT,
@@ -329,6 +330,9 @@ class Scope(Sites):
         else:
             found = self.engine.table.find_callable(function)
         if found is None:
+            if (ours := overriding.in_place_of(function)) is not None:
+                self.direct[number] = function, ours
+                return ours(*args, **kwargs)
             args, kwargs = self._pass_functions(number, function, args, kwargs)
             return function(*args, **kwargs)
         return self._operator(number, found, function, args, kwargs)

@@ -83,9 +83,13 @@ class ObservedSite:
         last = self._last
         if last is not None and last[0]() is x and last[1] == x._version:
             return True
-        if type(x) is Tensor or not isinstance(x, torch.nn.Parameter):  # asking an activation twice would cost
+        if type(x) is Tensor:  # asking an activation twice would cost
+            if isinstance(x._base, torch.nn.Parameter):
+                self.quantizer.note_parameter(x)
             return False
-        self._last = (weakref.ref(x), x._version)
+        if isinstance(x, torch.nn.Parameter):
+            self._last = (weakref.ref(x), x._version)
+            self.quantizer.note_parameter(x)
         return False
 
     def apply(self, parameters: tuple[Tensor, Tensor]) -> None:

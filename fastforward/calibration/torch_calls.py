@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastforward.autoquant.optable import Operator, OperatorTable
+from fastforward.autoquant.overriding import OURS
 from fastforward.calibration.trace import UNLISTED_MOVES
 
 # C functions below Python ones of the table, whose arguments come in another order.
@@ -73,8 +74,9 @@ def _is_zero(value: Any) -> bool:
 
 
 def _no_subclass(args: Iterable[Any]) -> bool:
-    """As ``has_torch_function``, but blind to modes."""
-    return any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
+    """As ``has_torch_function``, but blind to modes and to tensors of our own."""
+    plain = (Tensor, torch.nn.Parameter)
+    return any(isinstance(arg, Tensor) and type(arg) not in plain and not hasattr(type(arg), OURS) for arg in args)
 
 
 @contextlib.contextmanager

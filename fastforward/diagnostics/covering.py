@@ -18,6 +18,7 @@ from fastforward.calibration.recorder import FlowRecorder
 from fastforward.diagnostics.table import html_table, text_table
 from fastforward.exceptions import QuantizationError
 from fastforward.integer.layer import IntegerLayer
+from fastforward.integer.own_weights import rounding_of
 from fastforward.integer.packed_linear import PackedLinear
 from fastforward.integer.weight_only import WeightOnlyLinear
 from fastforward.nn.linear import QuantizedLinear
@@ -231,7 +232,16 @@ def _state(site: Site, modules: dict[str, torch.nn.Module], outside: bool) -> tu
     missing = [_why_float(operand, modules) for operand in site.operands if not operand.active]
     if missing:
         return "float", "; ".join(dict.fromkeys(missing))
+    if any(_gives_integers(operand, modules) for operand in site.operands):
+        return "integer", ""
     return "simulated", str(getattr(modules.get(site.module), _INTEGER_REASON, ""))
+
+
+def _gives_integers(operand: Operand, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether the operand is a weight whose products are integer ones."""
+    quantizer = modules.get(operand.quantizer or "")
+    rounding = rounding_of(quantizer) if operand.kind == "weight" and isinstance(quantizer, Quantizer) else None
+    return rounding is not None and any(layer.record.kernel not in ("", "float") for layer in rounding.layers())
 
 
 def _why_float(operand: Operand, modules: dict[str, torch.nn.Module]) -> str:

@@ -36,7 +36,7 @@ def _attention(
 def attend(operands: tuple[Deferred, Deferred, Deferred], scale: float, **others: Any) -> torch.Tensor:
     """``softmax(q k^T scale) v`` of operands ``[batch, heads, rows, width]``, with their scales applied afterwards."""
     compute_together(operands)
-    grids = [x._grid for x in operands if x._grid is not None]
+    grids = [grid for x in operands if (grid := x.grid) is not None]
     coded = [Coded(x.codes(grid), grid.scale, grid.zero_point) for x, grid in zip(operands, grids, strict=True)]
     result, subtracts = cpu_attention.attend(coded, scale, **others, subtracts=not grids[0].scores_fit)
     grids[0].scores_fit = not subtracts
@@ -47,8 +47,8 @@ def _is_coded(x: Any) -> bool:
     """Whether ``x`` is a deferred result on a grid, four-dimensional, in float32 on the CPU."""
     return (
         type(x) is Deferred
-        and x._grid is not None
         and x._value is None
+        and x.grid is not None
         and len(x._shape) == 4
         and x._dtype == torch.float32
         and x._device.type == "cpu"

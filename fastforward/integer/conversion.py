@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import CalibrationError, QuantizationError
-from fastforward.integer import attention, fusion, onednn
+from fastforward.integer import attention, fusion, onednn, own_code, own_weights
 from fastforward.integer.bypass import bypass_rewriting
 from fastforward.integer.deferred import Deferred
 from fastforward.integer.forms import plan
@@ -62,7 +62,10 @@ def convert(
     steps = list(plan(model))
     for step in steps:
         step.swap(step.layer, keep_float=keep_float)
-    return finish(model, [step.layer for step in steps], backend, example_inputs)
+    finish(model, [step.layer for step in steps], backend, example_inputs)
+    if not keep_float:
+        own_weights.release(model)
+    return model
 
 
 def finish(
@@ -85,6 +88,7 @@ def finish(
     for _, quantizer in (*_quantizers(model), *pending_quantizers(model)):
         if not quantizer.is_stub() and "parameter" not in quantizer.quant_metadata:
             speed_up(quantizer)
+    own_weights.take_over(model, backend, measure=example_inputs is not None)
     take_shortcuts(model)
     join_sequences(model)
     bypass_rewriting(model)
@@ -95,7 +99,8 @@ def finish(
 
 def require_calibrated(model: torch.nn.Module) -> None:
     """Raise unless the model has active quantizers and all of them have a range."""
-    active = [(name, quantizer) for name, quantizer in _quantizers(model) if not quantizer.is_stub()]
+    known = (*_quantizers(model), *pending_quantizers(model))
+    active = [(name, quantizer) for name, quantizer in known if not quantizer.is_stub()]
     missing = [name for name, quantizer in active if not quantizer.is_calibrated]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -126,6 +131,8 @@ def learn(model: torch.nn.Module, example_inputs: Any) -> None:
             module.measures = False
     for layer in in_place:
         layer.settle()
+    for _, rounding in own_weights.roundings(model):
+        rounding.settle()
 
 
 def call(model: torch.nn.Module, inputs: Any) -> Any:
@@ -144,4 +151,4 @@ def _quantizers(model: torch.nn.Module) -> Iterator[tuple[str, Quantizer]]:
                 yield f"{path}.{name}" if path else name, quantizer
 
 
-__all__ = ["BACKENDS", "attention", "convert", "fusion", "learn", "onednn", "require_calibrated"]
+__all__ = ["BACKENDS", "attention", "convert", "fusion", "learn", "onednn", "own_code", "require_calibrated"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastforward.integer.layer import IntegerLayer
 
 Rule = Callable[..., Any]
+_LEARNING_CALLS = 2
 
 
 class Product:
@@ -97,12 +98,27 @@ class Product:
         return self.layer.compute(self.codes, self.epilogue, self.activation, grid)
 
 
+class Usage:
+    """What became of the tensors that a quantizer handed out as codes."""
+
+    __slots__ = ("codes", "floats")
+
+    def __init__(self) -> None:
+        self.codes = self.floats = 0
+
+    def pays(self) -> bool:
+        """Whether codes are taken, or may be: floats alone are had more cheaply without a detour."""
+        return self.codes > 0 or self.floats < _LEARNING_CALLS
+
+
 class Deferred(torch.Tensor):
     """A floating tensor that an integer layer will compute when it is known how it is used.
 
     Exactly one of these is the source: a product; a value that is computed but whose memory is not yet laid out as
-    torch would; or a parent from which a data-movement operator takes the values.
+    torch would; codes, of what a quantizer rounded; or a parent from which a data-movement operator takes the values.
     """
+
+    _ff_works_everywhere = True
 
     # Most of these keep their defaults: setting them all would double what an object costs.
     _product: Product | None = None
@@ -113,6 +129,7 @@ class Deferred(torch.Tensor):
     _children: list["weakref.ref[Deferred]"] | None = None
     _grid: Grid | None = None
     _strided: bool = False
+    _usage: "Usage | None" = None
     _shape: tuple[int, ...]
     _dtype: torch.dtype
 
@@ -137,13 +154,37 @@ class Deferred(torch.Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    @classmethod
+    def of_codes(cls, codes: torch.Tensor, grid: Grid, dtype: torch.dtype, usage: "Usage") -> "Deferred":
+        """The tensor that ``codes`` on ``grid`` stand for; ``usage`` learns whether floats are made of them."""
+        self = _wrapper(tuple(codes.shape), dtype)
+        self._grid, self._usage, self._strided = grid, usage, not codes.is_contiguous()
+        self._codes = {id(grid): (grid, codes)}
+        return self
+
     @property
     def _device(self) -> torch.device:
         if self._parent is not None:
             return self._parent._device
-        value = self._value if self._product is None else self._product.codes
-        assert value is not None
-        return value.device
+        if self._product is not None:
+            return self._product.codes.device
+        if self._value is not None:
+            return self._value.device
+        assert self._codes is not None
+        return next(iter(self._codes.values()))[1].device
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid that the values were rounded to last, with only data movement since."""
+        x: Deferred | None = self
+        while x is not None:
+            # Floats that were made of codes may have been changed in what they were moved from since.
+            if x._value is not None and (x._parent is not None or x._grid is None):
+                return None
+            if x._grid is not None:
+                return x._grid
+            x = x._parent
+        return None
 
     @property
     def pending(self) -> Product | None:
@@ -153,8 +194,10 @@ class Deferred(torch.Tensor):
     def computed(self) -> torch.Tensor:
         """The floats, in whatever memory layout the kernel produced."""
         if self._value is None:
-            if self._grid is not None and self._parent is not None:
-                self._value = self._grid.values(self._parent.codes(self._grid)).to(self._dtype)
+            if self._grid is not None:
+                if self._usage is not None:
+                    self._usage.floats += 1
+                self._value = self._grid.values(self._own_codes(self._grid)).to(self._dtype)
             elif self._parent is not None and self._move is not None:
                 parent = self._parent
                 self._value = self._move(parent.materialize() if self._strided else parent.computed())
@@ -175,8 +218,11 @@ class Deferred(torch.Tensor):
 
     def codes(self, grid: Grid) -> torch.Tensor:
         """The values as codes on ``grid``, without a detour over floats where the kernel can store codes itself."""
-        if self._grid is not None and self._parent is not None and same(self._grid, grid):
-            return self._parent.codes(self._grid)
+        own = self.grid
+        if own is not None and same(own, grid):
+            if (usage := self.source()._usage) is not None:
+                usage.codes += 1
+            return self._own_codes(own)
         if self._value is not None or self._grid is not None or self.floats_wanted():
             return grid.codes(self.computed())
         if self._parent is not None and grid.inverse_smoothing is not None:
@@ -186,6 +232,19 @@ class Deferred(torch.Tensor):
             known[id(grid)] = (grid, self._fresh_codes(grid))
             self._codes = known
         return known[id(grid)][1]
+
+    def _own_codes(self, own: Grid) -> torch.Tensor:
+        """The codes on the grid that the values are on."""
+        known = self._codes or {}
+        if id(own) in known:
+            return known[id(own)][1]
+        assert self._parent is not None
+        if self._grid is not None:
+            return self._parent.codes(own)
+        assert self._move is not None
+        codes = self._move(self._parent._own_codes(own))
+        self._codes = {id(own): (own, codes)}
+        return codes
 
     def _fresh_codes(self, grid: Grid) -> torch.Tensor:
         if self._parent is not None and self._move is not None:
@@ -243,7 +302,7 @@ class Deferred(torch.Tensor):
         for reference in self._children or ():
             if (child := reference()) is not None:
                 child.computed()
-        self._children = None
+        self._children = self._grid = self._codes = None
 
     @property
     def watched(self) -> bool:
@@ -252,7 +311,7 @@ class Deferred(torch.Tensor):
 
     def become(self, product: Product | None = None, value: torch.Tensor | None = None) -> "Deferred":
         """Take the result of an in-place operator."""
-        self._product, self._value, self._parent, self._codes = product, value, None, None
+        self._product, self._value, self._parent, self._codes, self._grid = product, value, None, None, None
         return self
 
     @classmethod

@@ -9,6 +9,7 @@ import torch
 from fastforward.integer import onednn
 from fastforward.integer.forms import FORMS, REASON
 from fastforward.integer.layer import IntegerLayer
+from fastforward.integer.own_weights import rounding_of
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.norm import QuantizedGroupNorm, QuantizedLayerNorm, QuantizedRMSNorm
 from fastforward.nn.quantizer import Quantizer
@@ -93,6 +94,7 @@ def supported() -> dict[str, str]:
     convolution = cpu if onednn.has_onednn() else "not on this CPU: its products of 8-bit integers saturate"
     table = {
         "linear": f"CPU: {cpu}; fuses relu, gelu, silu, tanh, hardtanh, hardswish, leaky_relu",
+        "linear, matmul, mm, addmm with a parameter in a module's own code": f"CPU: {cpu}",
         "linear, dynamic activations": f"CPU: {cpu}, scales of the input per token or tensor",
         "linear, weights only": "CPU: int8 per channel; int4 in groups by torch's kernel in bfloat16",
         "conv1d": f"CPU: {convolution}",
@@ -127,9 +129,9 @@ def _links(model: torch.nn.Module) -> Iterator[Link]:
             yield from _island(path, module)
 
 
-def _integer_link(path: str, layer: IntegerLayer) -> Link:
+def _integer_link(path: str, layer: IntegerLayer, operator: str = "") -> Link:
     record = layer.record
-    name = type(layer).__name__.removeprefix("Integer").lower()
+    name = operator or type(layer).__name__.removeprefix("Integer").lower()
     if record.kernel == "float":
         return Link(path, name, reason=_FLOAT_WINS)
     ran = record.kernel or _NEVER_RAN
@@ -144,16 +146,35 @@ def _island(path: str, module: QuantizedModule) -> Iterator[Link]:
     if active and hasattr(module, REASON):
         yield Link(path, kind, reason=str(getattr(module, REASON)))
     elif active:
+        links = list(_own_products(path, active, kind))
+        yield from links
         operands: dict[str, dict[str, None]] = {}
         for quantizer in active:
             operator, argument = _multiplied(quantizer, kind)
             operands.setdefault(operator, {})[argument] = None
         for operator, names in operands.items():
-            yield Link(path, operator, reason=f"{', '.join(names)} rounded, computed in float: {_why(operator)}")
+            if operator not in {link.operator for link in links}:
+                yield Link(path, operator, reason=f"{', '.join(names)} rounded, computed in float: {_why(operator)}")
     elif isinstance(module, _NORMS):
         yield Link(path, kind, reason=_ELEMENTWISE)
     elif isinstance(module, tuple(FORMS)):
         yield Link(path, kind, reason=_why_no_quantizer(quantizers))
+
+
+def _own_products(path: str, active: list[Quantizer], kind: str) -> Iterator[Link]:
+    """The products of a module's own code with parameters that give integers."""
+    for quantizer in active:
+        rounding = rounding_of(quantizer)
+        if rounding is None:
+            continue
+        operator, _ = _multiplied(quantizer, kind)
+        rows = quantizer.parameter
+        name = f"{path}.{rows.name}" if path and rows is not None else path if rows is None else rows.name
+        layers = rounding.layers()
+        for layer in layers:
+            yield _integer_link(name, layer, operator)
+        if not layers:
+            yield Link(name, operator, _NEVER_RAN, _NEVER_RAN, kernel=_NEVER_RAN)
 
 
 def _operator(module: QuantizedModule) -> str:
@@ -172,8 +193,11 @@ def _multiplied(quantizer: Quantizer, kind: str) -> tuple[str, str]:
 def _why(operator: str) -> str:
     if operator in _PRODUCTS:
         return "torch has no batched integer product on CPUs, and one product per matrix is slower"
-    if operator in supported():
-        return f"{operator} is called by the module's own code; only layers of torch.nn become integer"
+    if operator in supported() or operator in ("mm", "addmm"):
+        return (
+            f"{operator} is called by the module's own code; there products of an input on one static 8-bit grid and a "
+            "matrix that is a parameter become integer, others in layers of torch.nn alone"
+        )
     return f"{operator} has no integer kernel"
 
 

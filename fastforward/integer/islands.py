@@ -13,9 +13,10 @@ import torch
 from fastforward_kernels.ops_chain import ROUND_TO_GRID
 
 from fastforward.exceptions import UnsupportedOperatorError
-from fastforward.integer.deferred import Deferred
+from fastforward.integer.deferred import Deferred, Usage
 from fastforward.integer.finite import is_ordinary
 from fastforward.integer.grid import LEVELS, Grid, grid_of, quantize_dequantize
+from fastforward.integer.rounding import quantize_uint8
 from fastforward.integer.tracing import fuses
 from fastforward.nn.dynamic_quantizer import DynamicLinearQuantizer
 from fastforward.nn.linear_quantizer import LinearQuantizer
@@ -25,11 +26,15 @@ from fastforward.quantization.granularity import PerTensor
 
 @dataclasses.dataclass(eq=False)
 class IslandRounding:
-    """Stands in for a quantizer's ``simulate`` after conversion; bit-equal to it."""
+    """Stands in for a quantizer's ``simulate`` after conversion; bit-equal to it.
+
+    With ``usage`` it rounds to codes, because an integer product may be what takes them, as long as that pays.
+    """
 
     quantizer: LinearQuantizer
     grid: Grid
     version: int | None
+    usage: Usage | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Round ``x`` to the quantizer's grid."""
@@ -47,6 +52,9 @@ class IslandRounding:
             return type(self.quantizer).simulate(self.quantizer, x)
         if not is_ordinary(x, self.grid.scale):
             return type(self.quantizer).simulate(self.quantizer, x)  # NaN stays NaN
+        if self.usage is not None and self.usage.pays():
+            codes = quantize_uint8(x, self.grid.scale, self.grid.zero_point)
+            return Deferred.of_codes(codes, self.grid, x.dtype, self.usage)
         return quantize_dequantize(x, self.grid.scale, self.grid.zero_point)
 
     def _stale(self) -> bool:
@@ -56,7 +64,8 @@ class IslandRounding:
         return self.quantizer.scale._version != self.version
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "version": None}  # a copy's scale counts its changes anew
+        # A copy's scale counts its changes anew, and a copy learns for itself what becomes of its results.
+        return {**self.__dict__, "version": None, "usage": None if self.usage is None else Usage()}
 
 
 @dataclasses.dataclass(eq=False)

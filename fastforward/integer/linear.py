@@ -53,6 +53,15 @@ class IntegerLinear(IntegerLayer, FloatCopy):  # type: ignore[override]
         self.install(integers, scale, bias, grid, None if output_quantizer.is_stub() else output_quantizer)
         return self
 
+    @classmethod
+    def of(cls, integers: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, grid: Grid) -> "IntegerLinear":
+        """A layer by itself, of int8 ``[out_features, in_features]`` and float32 ``[out_features]``."""
+        layer = torch.nn.Linear(integers.shape[1], integers.shape[0], bias=False, device="meta").eval()
+        become(layer, cls)
+        self: IntegerLinear = layer  # type: ignore[assignment]
+        self.install(integers, scale, bias, grid, None)
+        return self
+
     def prepare(self, bias: torch.Tensor | None) -> None:
         super().prepare(bias)
         self._packed = self._columns = self._float_weight = None

@@ -57,7 +57,7 @@ def compute_together(operands: Sequence[Deferred]) -> None:
     if layers is None:
         return
     codes = products[0].codes  # type: ignore[union-attr]
-    merged = _merged(layers, [x._grid for x in operands])  # type: ignore[misc]
+    merged = _merged(layers, [x.grid for x in operands])  # type: ignore[misc]
     parts = merged.codes(codes).split_with_sizes(merged.sizes, -1)
     for source, layer, grid, part in zip(sources, layers, merged.grids, parts, strict=True):
         layer.used_as_codes((*source._product.fused, "merged"))  # type: ignore[union-attr]
@@ -70,7 +70,7 @@ def _layers(products: Sequence[Product | None], operands: Sequence[Deferred]) ->
     for product, operand in zip(products, operands, strict=True):
         if type(product) is not Product or product.activation is not NO_ACTIVATION:
             return None
-        layer, grid = product.layer, operand._grid
+        layer, grid = product.layer, operand.grid
         if not isinstance(layer, IntegerLinear) or layer.float_first or layer in layers:
             return None
         if product.codes is not products[0].codes or grid is None or grid.highest != LEVELS - 1:  # type: ignore[union-attr]

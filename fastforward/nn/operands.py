@@ -83,10 +83,11 @@ def _cacheable(quantizer: Quantizer, weight: torch.Tensor) -> bool:
 def _fingerprint(quantizer: Quantizer, weight: torch.Tensor, smoothing: torch.Tensor | None) -> tuple[Any, ...]:
     sources = [weight, *quantizer.parameters(), *quantizer.buffers()]
     sources += [] if smoothing is None else [smoothing]
-    return (quantizer, *(part for tensor in sources for part in (tensor, _version(tensor), tensor.data_ptr())))
+    return (quantizer, *(part for tensor in sources for part in (tensor, version_of(tensor), tensor.data_ptr())))
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
+    """The counter that every in-place change advances."""
     # Inference tensors have no version counter; they cannot be changed in place outside of inference mode.
     return -1 if tensor.is_inference() else tensor._version
 

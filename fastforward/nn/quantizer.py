@@ -114,6 +114,27 @@ class QuantizerMetadata:
         return " ".join(words) or "without metadata"
 
 
+@dataclasses.dataclass(frozen=True)
+class ParameterRows:
+    """Rows ``start`` to ``stop``, by the first axis, of the parameter ``name`` of a module; dots lead to submodules."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def rows_of(module: torch.nn.Module, x: Tensor) -> ParameterRows | None:
+    """Which parameter of ``module``, or rows of one, ``x`` is; ``None`` if it is anything else."""
+    parameter = x if isinstance(x, torch.nn.Parameter) else x._base
+    name = next((name for name, known in module.named_parameters() if known is parameter), None)
+    if name is None or parameter is None or not x.dim():
+        return None
+    start, rest = divmod(int(x.storage_offset() - parameter.storage_offset()), max(parameter.stride(0), 1))
+    if rest or x.stride() != parameter.stride() or x.shape[1:] != parameter.shape[1:]:
+        return None
+    return ParameterRows(name, start, start + x.shape[0])
+
+
 class OverrideHandle:
     """Removes an override when asked to, or at the end of a ``with`` block."""
 
@@ -149,6 +170,8 @@ class Quantizer(torch.nn.Module):
 
     quant_metadata: QuantizerMetadata
     _overrides: dict[int, Override]
+    parameter: "ParameterRows | None" = None
+    """What was rounded here during calibration, if it was a parameter of the owning module or rows of one."""
     _owner_changed: Callable[[], Callable[[], None] | None] | None
     """Weak reference to a method of the owning module, called when overrides come or go; set by the owner."""
 
@@ -252,6 +275,12 @@ class Quantizer(torch.nn.Module):
         changed = None if self._owner_changed is None else self._owner_changed()
         if changed is not None:
             changed()
+
+    def note_parameter(self, x: Tensor) -> None:
+        """Remember what is rounded here: integer execution puts integers in its place."""
+        changed: Any = None if self._owner_changed is None else self._owner_changed()
+        if changed is not None:
+            self.parameter = rows_of(changed.__self__, x)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._overrides:

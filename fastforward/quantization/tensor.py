@@ -55,6 +55,7 @@ class QuantizedTensor(torch.Tensor):
         quant_max: largest integer of the grid.
     """
 
+    _ff_works_everywhere = True
     int_data: Tensor
     scale: Tensor
     zero_point: Tensor | None

@@ -1,5 +1,6 @@
 """How moving, slicing, transposing and reshaping act on a ``QuantizedTensor``: the grid goes along."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -202,6 +203,13 @@ def _split(func: Any, x: QuantizedTensor, size: int, dim: int = 0) -> list[Any]:
     del func
     starts = range(0, x.shape[dim], size)
     return [_slice(aten.slice.Tensor, x, dim, start, start + size) for start in starts]
+
+
+@implements_operator(aten.split_with_sizes.default)
+def _split_with_sizes(func: Any, x: QuantizedTensor, sizes: Sequence[int], dim: int = 0) -> list[Any]:
+    del func
+    ends = itertools.accumulate(sizes)
+    return [_slice(aten.slice.Tensor, x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 @implements_operator(aten.cat.default)

@@ -173,7 +173,7 @@ def _take_over(model: torch.nn.Module, manifest: Manifest, tensors: dict[str, to
 def _make(changes: Iterable[Change], model: torch.nn.Module, manifest: Manifest) -> None:
     for change in changes:
         change()
-    if manifest.integers:
+    if manifest.is_integer:
         finish_integers(model)
 
 

@@ -221,7 +221,11 @@ def _quantizer(quantizer: Quantizer, sites: tuple[str, ...], store: TensorStore)
     reason = getattr(quantizer, REASON, None)
     arguments = state_arguments(quantizer)
     gradient_scale = getattr(quantizer, "gradient_scale", None)
-    return SavedQuantizer(sites, type(quantizer).__name__, arguments, keys, learned, gradient_scale, reason)
+    rows = quantizer.parameter
+    integer = hasattr(quantizer.__dict__.get("simulate"), "gives_integers")
+    parameter = None if rows is None else (rows.name, rows.start, rows.stop)
+    described = type(quantizer).__name__, arguments, keys, learned, gradient_scale, reason, parameter, integer
+    return SavedQuantizer(sites, *described)
 
 
 def _integers(model: torch.nn.Module, store: TensorStore) -> list[SavedInteger]:

@@ -5,7 +5,7 @@
     {"version": 1, "written_by": {"fastforward": ..., "torch": ...}, "model": "Net", "weights": true,
      "modules":    {path: {"class": ..., "source": hash of the class's source or null, "sites": [...]}},
      "quantizers": [{"sites": [...], "class": ..., "arguments": {...}, "tensors": {name: key}, "learned": [...],
-                     "gradient_scale": ..., "reason": ...}],
+                     "gradient_scale": ..., "reason": ..., "parameter": [name, start, stop] or null, "integer": ...}],
      "integers":   [{"path": ..., "class": ..., "data": {...}, "tensors": {name: key}}],
      "parameters": {name: key, or {"parts": {name: key}, "block_size": [...], ...}}}
 
@@ -52,6 +52,8 @@ class SavedQuantizer:
         learned: Which of them are parameters.
         gradient_scale: What their gradients are multiplied by, beside LSQ's own factor; None for no factor at all.
         reason: Why it stands there.
+        parameter: Name, first and last row of the parameter that it rounds, if calibration has seen one.
+        integer: Whether it gives integers to a product in a module's own code.
     """
 
     sites: tuple[str, ...]
@@ -61,6 +63,8 @@ class SavedQuantizer:
     learned: tuple[str, ...] = ()
     gradient_scale: float | None = None
     reason: str | None = None
+    parameter: tuple[str, int, int] | None = None
+    integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ class Manifest:
     integers: tuple[SavedInteger, ...] = ()
     parameters: Mapping[str, str | SavedParts] = field(default_factory=dict)
     written_by: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the model has been converted."""
+        return bool(self.integers) or any(quantizer.integer for quantizer in self.quantizers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `from_json`."""
@@ -163,7 +172,8 @@ class _Reader:
         if not set(learned) <= tensors.keys():
             _malformed(where, "learned")
         cls, arguments = _typed(record, "class", str, where), _typed(record, "arguments", dict, where)
-        return SavedQuantizer(sites, cls, arguments, tensors, learned, factor, reason)
+        parameter, integer = _rows(record.get("parameter"), where), record.get("integer") is True
+        return SavedQuantizer(sites, cls, arguments, tensors, learned, factor, reason, parameter, integer)
 
     def integer(self, record: Any) -> SavedInteger:
         path = _typed(record, "path", str, "an integer module")
@@ -209,6 +219,15 @@ def _names(record: Any, name: str, where: str) -> tuple[str, ...]:
     if not all(isinstance(item, str) for item in names):
         _malformed(where, name)
     return tuple(names)
+
+
+def _rows(record: Any, where: str) -> tuple[str, int, int] | None:
+    if record is None:
+        return None
+    if not isinstance(record, list) or [type(item) for item in record] != [str, int, int]:
+        _malformed(where, "parameter")
+    name, start, stop = record
+    return name, start, stop
 
 
 def _strings(value: Any, what: str) -> dict[str, str]:

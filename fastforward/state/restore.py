@@ -16,7 +16,7 @@ import torch
 from fastforward.exceptions import FastForwardError, StateError
 from fastforward.nn.call_paths import PENDING
 from fastforward.nn.module import QuantizedModule
-from fastforward.nn.quantizer import Quantizer, QuantizerStub
+from fastforward.nn.quantizer import ParameterRows, Quantizer, QuantizerStub
 from fastforward.quantization.tensor import QuantizedTensor
 from fastforward.selection.mpath import FilterResult
 from fastforward.selection.quantizers import all_quantizers
@@ -146,6 +146,8 @@ class Restorer:
             raise StateError(msg) from error
         if saved.reason is not None:
             setattr(quantizer, REASON, saved.reason)
+        if saved.parameter is not None:
+            quantizer.parameter = ParameterRows(*saved.parameter)
         return quantizer
 
     def _fill(self, quantizer: Quantizer, saved: SavedQuantizer) -> None:
