@@ -1,34 +1,49 @@
-"""The question of torch's functions whether an argument overrides them, as rewritten code asks it.
+"""The question of torch's functions whether somebody overrides them, as rewritten code asks it.
 
-``torch.nn.functional.multi_head_attention_forward`` hands itself to a tensor subclass that it is given, and so leaves
-the rewritten code for the one it was made from. Tensors of our own are not meant: they work with every operator.
+``torch.nn.functional.multi_head_attention_forward`` hands itself to a tensor subclass that it is given, or to an active
+torch-function mode, and so leaves the rewritten code for the one it was made from. Tensors of our own are not meant:
+they work with every operator. Modes (a default device, the exporter) are offered what the function calls.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+import torch
 from torch.overrides import has_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 OURS: Final = "_ff_works_everywhere"
 """Attribute of tensor classes that need not be asked."""
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _asked(arguments: Iterable[Any]) -> bool:
-    return has_torch_function([value for value in arguments if not hasattr(type(value), OURS)])
+def overrides(value: Any) -> bool:
+    """Whether the class of an argument wants torch's functions for itself."""
+    kind = type(value)
+    if kind in _PLAIN or hasattr(kind, OURS):
+        return False
+    function = getattr(kind, "__torch_function__", None)
+    return function is not None and function is not torch._C._disabled_torch_function_impl
 
 
-def _asked_variadic(*arguments: Any) -> bool:
-    return _asked(arguments)
+def asked(arguments: Iterable[Any]) -> bool:
+    """``torch.overrides.has_torch_function``."""
+    return any(overrides(value) for value in arguments)
 
 
-def _asked_unary(argument: Any) -> bool:
-    return _asked((argument,))
+def asked_variadic(*arguments: Any) -> bool:
+    """``torch.overrides.has_torch_function_variadic``."""
+    return asked(arguments)
+
+
+def asked_unary(argument: Any) -> bool:
+    """``torch.overrides.has_torch_function_unary``."""
+    return overrides(argument)
 
 
 QUESTIONS: Final[tuple[tuple[Any, Callable[..., bool]], ...]] = (
-    (has_torch_function, _asked),
-    (has_torch_function_unary, _asked_unary),
-    (has_torch_function_variadic, _asked_variadic),
+    (has_torch_function, asked),
+    (has_torch_function_unary, asked_unary),
+    (has_torch_function_variadic, asked_variadic),
 )
 
 

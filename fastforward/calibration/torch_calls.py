@@ -1,14 +1,13 @@
 """Reading the calls that a torch-function mode is handed: which operator, which arguments, movement or computation."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastforward.autoquant.optable import Operator, OperatorTable
-from fastforward.autoquant.overriding import OURS
+from fastforward.autoquant.overriding import QUESTIONS
 from fastforward.calibration.trace import UNLISTED_MOVES
 
 # C functions below Python ones of the table, whose arguments come in another order.
@@ -73,12 +72,6 @@ def _is_zero(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and value == 0)
 
 
-def _no_subclass(args: Iterable[Any]) -> bool:
-    """As ``has_torch_function``, but blind to modes and to tensors of our own."""
-    plain = (Tensor, torch.nn.Parameter)
-    return any(isinstance(arg, Tensor) and type(arg) not in plain and not hasattr(type(arg), OURS) for arg in args)
-
-
 @contextlib.contextmanager
 def functionals_open() -> Iterator[None]:
     """Let a mode look into the Python functions of ``torch.nn.functional``.
@@ -87,13 +80,8 @@ def functionals_open() -> Iterator[None]:
     the products inside would go unseen, and a rewritten copy of the function would be left for the original.
     """
     namespace = vars(torch.nn.functional)
-    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    kept = {name: namespace[name] for name in names if name in namespace}
-    replaced = {
-        "has_torch_function": _no_subclass,
-        "has_torch_function_unary": lambda arg: _no_subclass((arg,)),
-        "has_torch_function_variadic": lambda *args: _no_subclass(args),
-    }
+    replaced = {question.__name__.removeprefix("_"): ours for question, ours in QUESTIONS}
+    kept = {name: namespace[name] for name in replaced if name in namespace}
     namespace.update({name: replaced[name] for name in kept})
     try:
         yield

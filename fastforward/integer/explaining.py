@@ -1,7 +1,6 @@
 """What runs where: the integer chain of a model, and what this machine supports."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 
 import torch
@@ -9,14 +8,13 @@ import torch
 from fastforward.integer import onednn
 from fastforward.integer.forms import FORMS, REASON
 from fastforward.integer.layer import IntegerLayer
-from fastforward.integer.own_weights import rounding_of
+from fastforward.integer.own_weights import OPERATORS, operand_of, rounding_of
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.norm import QuantizedGroupNorm, QuantizedLayerNorm, QuantizedRMSNorm
 from fastforward.nn.quantizer import Quantizer
 from fastforward.selection.scheme import REASON as SCHEME_REASON
 
 _NEVER_RAN = "not run yet"
-_OPERAND = re.compile(r" of (\w+)\((\w+)\)")
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum", "multi_head_attention_forward")
 _NORMS = (QuantizedLayerNorm, QuantizedRMSNorm, QuantizedGroupNorm)
 # kernels/benchmarks/layers.py --neighbours measures it.
@@ -150,7 +148,7 @@ def _island(path: str, module: QuantizedModule) -> Iterator[Link]:
         yield from links
         operands: dict[str, dict[str, None]] = {}
         for quantizer in active:
-            operator, argument = _multiplied(quantizer, kind)
+            operator, argument = operand_of(quantizer, kind)
             operands.setdefault(operator, {})[argument] = None
         for operator, names in operands.items():
             if operator not in {link.operator for link in links}:
@@ -167,13 +165,15 @@ def _own_products(path: str, active: list[Quantizer], kind: str) -> Iterator[Lin
         rounding = rounding_of(quantizer)
         if rounding is None:
             continue
-        operator, _ = _multiplied(quantizer, kind)
+        operator, _ = operand_of(quantizer, kind)
         rows = quantizer.parameter
         name = f"{path}.{rows.name}" if path and rows is not None else path if rows is None else rows.name
         layers = rounding.layers()
         for layer in layers:
             yield _integer_link(name, layer, operator)
-        if not layers:
+        if not layers and rounding.weight is not None:
+            yield Link(name, operator, reason="its weight is rounded, its input is on no static 8-bit grid")
+        elif not layers:
             yield Link(name, operator, _NEVER_RAN, _NEVER_RAN, kernel=_NEVER_RAN)
 
 
@@ -181,19 +181,10 @@ def _operator(module: QuantizedModule) -> str:
     return type(module).__name__.removeprefix("Quantized").lower()
 
 
-def _multiplied(quantizer: Quantizer, kind: str) -> tuple[str, str]:
-    """The operator that multiplies what a quantizer rounds, as its scheme found out, and which operand it is."""
-    found = _OPERAND.search(str(getattr(quantizer, SCHEME_REASON, "")))
-    if found is not None:
-        return found.group(1), found.group(2)
-    metadata = quantizer.quant_metadata
-    return metadata.operator or kind, metadata.argument or "result"
-
-
 def _why(operator: str) -> str:
     if operator in _PRODUCTS:
         return "torch has no batched integer product on CPUs, and one product per matrix is slower"
-    if operator in supported() or operator in ("mm", "addmm"):
+    if operator in supported() or operator in OPERATORS:
         return (
             f"{operator} is called by the module's own code; there products of an input on one static 8-bit grid and a "
             "matrix that is a parameter become integer, others in layers of torch.nn alone"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import UnsupportedOperatorError
+from fastforward.integer.own_weights import as_floats
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.ways import off_way
 
@@ -42,7 +43,8 @@ def export(model: torch.nn.Module, inputs: Any, *, dynamic_shapes: Any = None) -
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), off_way(model):  # before torch 2.7 the exporter looks for the code of the outermost
+        # Before torch 2.7 the exporter looks for the code of the outermost module.
+        with torch.no_grad(), as_floats(model), off_way(model):
             if any(isinstance(module, QuantizedModule) for module in model.modules()):
                 model(*args, **kwargs)  # call sites learn what they reach; a tracer could not tell them
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

@@ -1,6 +1,8 @@
 """Parameters that a module's own code multiplies by become integers, once, in place of their floats."""
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +21,12 @@ from fastforward.nn.quantizer import ParameterRows, Quantizer
 from fastforward.nn.rewritten import RewrittenModule, has_forward
 from fastforward.quantization.granularity import PerChannel, PerTensor
 from fastforward.quantization.tensor import QuantizedTensor
+from fastforward.selection.scheme import REASON
 
 nn = torch.nn
+_OPERAND = re.compile(r" of (\w+)\((\w+)\)")
+OPERATORS = frozenset({"linear", "matmul", "mm", "addmm"})
+"""What multiplies by a matrix that a parameter gives."""
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight another module's code may use without ever calling them."""
 
@@ -140,17 +146,49 @@ def _quantizers(module: RewrittenModule) -> list[Quantizer]:
     return [*module.own_quantizers().values(), *module.__dict__.get(PENDING, {}).values()]
 
 
+def operand_of(quantizer: Quantizer, kind: str = "") -> tuple[str, str]:
+    """The operator that multiplies what a quantizer rounds, as its scheme found out, and which operand it is.
+
+    Without a scheme the place of the quantizer tells, in a module of ``kind`` if nothing else does.
+    """
+    found = _OPERAND.search(str(getattr(quantizer, REASON, "")))
+    if found is not None:
+        return found.group(1), found.group(2)
+    metadata = quantizer.quant_metadata
+    return metadata.operator or kind, metadata.argument or "result"
+
+
 def _rounds_weight(quantizer: LinearQuantizer) -> bool:
     """Whether the quantizer may round a parameter, to a symmetric int8 grid per channel or tensor."""
     if type(quantizer) is not LinearQuantizer or quantizer.quant_min < -128 or quantizer.quant_max > 127:
         return False
     if not isinstance(quantizer.granularity, PerChannel | PerTensor) or quantizer.scale.requires_grad:
         return False
+    if operand_of(quantizer)[0] not in OPERATORS:
+        return False
     named = quantizer.parameter is not None or PARAMETER in quantizer.quant_metadata
     return (named or quantizer.scale.numel() > 1) and not bool((quantizer.rounded_zero_point() != 0).any())
 
 
 # ---------------------------------------------------------------- releasing their floats
+@contextlib.contextmanager
+def as_floats(model: nn.Module) -> Iterator[None]:
+    """Within the context parameters of integers are plain ones: an exported program is to load without our classes."""
+    kept: list[tuple[nn.Module, str, Any]] = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if _is_of_integers(parameter)
+    ]
+    for module, name, parameter in kept:
+        module._parameters[name] = nn.Parameter(parameter.dequantize(), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
 @dataclasses.dataclass
 class _Reader:
     """A rounding of some rows of a parameter, and the module whose code reads them."""
@@ -158,6 +196,10 @@ class _Reader:
     module: QuantizedModule
     rounding: WeightRounding
     rows: ParameterRows
+
+
+def _is_of_integers(parameter: Any) -> bool:
+    return isinstance(parameter, QuantizedTensor)
 
 
 def release(model: nn.Module) -> None:

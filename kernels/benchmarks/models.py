@@ -48,7 +48,14 @@ class Mode:
 def megabytes(model: torch.nn.Module) -> float:
     """Memory of parameters and buffers."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
+    parts = [getattr(t, part) for t in tensors.values() for part in stored(t)]
+    return sum(t.numel() * t.element_size() for t in parts) / 2**20
+
+
+def stored(tensor: torch.Tensor) -> list[str]:
+    """The attributes that hold what a tensor consists of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return ["data"] if flatten is None else flatten()[0]
 
 
 def sqnr(reference: torch.Tensor, actual: torch.Tensor) -> float:

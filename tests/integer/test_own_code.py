@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import close, outputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
 from fastforward.integer.own_weights import roundings
 from fastforward.quantization.tensor import QuantizedTensor
-from tests.integer.calibrated import close, outputs
 
 nn = torch.nn
 F = torch.nn.functional
@@ -297,3 +297,23 @@ def test_rows_none_at_all() -> None:
     model, x = _simulated("attention, self")
     ff.convert(model)
     assert outputs(model, x[:0]).shape == (0, 6, WIDTH)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_and_exported_programs_equal_the_model(name: str) -> None:
+    model, x = _simulated(name)
+    ff.convert(model)
+    expected = outputs(model, x, runs=3)
+    torch._dynamo.reset()
+    assert close(expected, outputs(torch.compile(model, fullgraph=True, backend="eager"), x))
+    program = ff.export(model, x)
+    assert close(expected, program.module()(x))
+    assert all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in program.state_dict.values())
+
+
+def test_a_default_device_does_not_lead_past_the_quantizers() -> None:
+    """It is a mode, and torch's attention hands itself to modes as a whole."""
+    model, x = _simulated("attention, self")
+    expected = outputs(model, x)
+    with torch.device("cpu"):
+        assert torch.equal(expected, outputs(model, x))
