@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def apply(quantizer: Any, value: Any) -> Any:
     """Quantize ``value``: a tensor, those of a list or tuple, what ``torch.fx`` traces; anything else passes."""
     if isinstance(value, torch.Tensor):
-        return quantizer(value)
+        return quantizer.of_parameter(value) if type(value) is torch.nn.Parameter else quantizer(value)
     if type(value) in (list, tuple):
         return type(value)(apply(quantizer, item) for item in value)
     return quantizer(value) if isinstance(value, torch.fx.Proxy) else value

@@ -17,7 +17,7 @@ from fastforward.integer.epilogue import make_epilogue
 from fastforward.integer.fusion import rule
 from fastforward.integer.grid import Grid
 from fastforward.integer.linear import IntegerLinear
-from fastforward.nn.operands import version_of
+from fastforward.nn.simulated_weight import version_of
 from fastforward.quantization.tensor import QuantizedTensor
 
 F = torch.nn.functional

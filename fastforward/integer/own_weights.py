@@ -16,9 +16,9 @@ from fastforward.integer.own_code import SiteWeight
 from fastforward.nn.call_paths import PENDING
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.module import QuantizedModule
-from fastforward.nn.operands import version_of
 from fastforward.nn.quantizer import ParameterRows, Quantizer
 from fastforward.nn.rewritten import RewrittenModule, has_forward
+from fastforward.nn.simulated_weight import version_of
 from fastforward.quantization.granularity import PerChannel, PerTensor
 from fastforward.quantization.tensor import QuantizedTensor
 from fastforward.selection.scheme import REASON
@@ -115,6 +115,7 @@ def take_over(model: nn.Module, backend: str, *, measure: bool) -> None:
             continue
         for quantizer in weights:
             if rounding_of(quantizer) is None:
+                quantizer.forget_parameter()
                 object.__setattr__(quantizer, "simulate", WeightRounding(quantizer, backend, measure))
         for island in islands:
             if weights and island.usage is None:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from fastforward.nn.module import QuantizedModule
-from fastforward.nn.operands import SimulatedWeight, add_operand_stubs, quantize_parameter
+from fastforward.nn.operands import add_operand_stubs, quantize_parameter
 from fastforward.nn.quantizer import Quantizer
+from fastforward.nn.simulated_weight import SimulatedWeight
 
 _ROLES = ("input", "weight", "bias", "output")
 

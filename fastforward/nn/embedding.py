@@ -3,8 +3,9 @@
 import torch
 
 from fastforward.nn.module import QuantizedModule
-from fastforward.nn.operands import SimulatedWeight, add_operand_stubs
+from fastforward.nn.operands import add_operand_stubs
 from fastforward.nn.quantizer import Quantizer
+from fastforward.nn.simulated_weight import SimulatedWeight
 
 
 class _QuantizedTable(QuantizedModule, include_in_module_map=False):

@@ -5,8 +5,9 @@ import torch
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.one_pass import LastInput
-from fastforward.nn.operands import SimulatedWeight, add_operand_stubs, quantize_parameter
+from fastforward.nn.operands import add_operand_stubs, quantize_parameter
 from fastforward.nn.quantizer import Quantizer
+from fastforward.nn.simulated_weight import SimulatedWeight
 
 
 class QuantizedLinear(QuantizedModule, torch.nn.Linear):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastforward.exceptions import CalibrationError, QuantizationError
+from fastforward.nn.simulated_weight import SimulatedWeight
 
 if TYPE_CHECKING:
     from fastforward.quantization.tensor import QuantizedTensor
@@ -224,9 +225,26 @@ class Quantizer(torch.nn.Module):
             return self._each(x)
         return traced_call(self, x) if isinstance(x, torch.fx.Proxy) else x
 
+    def of_parameter(self, parameter: Tensor) -> Tensor:
+        """``self(parameter)`` at a site of rewritten code; kept in evaluation, as layers keep their weights."""
+        if torch.compiler.is_compiling():  # before it would see that something is kept
+            return self(parameter)  # type: ignore[no-any-return]
+        kept = self.__dict__.get("_simulated_weight")
+        if kept is None:
+            kept = self.__dict__["_simulated_weight"] = SimulatedWeight()
+        return kept.get(self, parameter)
+
+    def forget_parameter(self) -> None:
+        """Let go of what :meth:`of_parameter` keeps."""
+        self.__dict__.pop("_simulated_weight", None)
+
+    def is_watched(self) -> bool:
+        """Return whether somebody is to see each call."""
+        return recorder is not None or bool(self._overrides)
+
     def is_plain(self) -> bool:
         """Return whether nothing but ``simulate`` of its class stands between what it is given and returns."""
-        return recorder is None and not self._overrides and "simulate" not in self.__dict__
+        return not self.is_watched() and "simulate" not in self.__dict__
 
     def _each(self, values: Any) -> Any:
         """The elements of a list or tuple, quantized; the very object if that changes none."""

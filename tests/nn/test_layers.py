@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +197,56 @@ class TestSimulatedWeight:
                 other.weight.mul_(2)
                 expected = nn.functional.linear(x, other.weight_quantizer(other.weight), other.bias)
                 assert torch.equal(other(x), expected)
+
+
+class Own(nn.Module):
+    """A product that is no layer, whose weight a caller can get hold of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self.weight
+        return nn.functional.linear(x, weight), weight
+
+
+class TestSimulatedWeightOfOwnCode:
+    def _module(self) -> tuple[Any, list[int]]:
+        module: Any = ff.quantize_model(Own().eval())
+        quantizer = _quantizer(-0.5, 0.5, symmetric=True)
+        calls: list[int] = []
+        simulate = quantizer.simulate
+        quantizer.simulate = lambda x: (calls.append(1), simulate(x))[1]
+        (name,) = [name for name in module.own_quantizers() if name.endswith("weight")]
+        setattr(module, name, quantizer)
+        return module, calls
+
+    @pytest.mark.parametrize("change", ["nothing", "weight in place", "new weight", "scale", "result"])
+    def test_is_computed_again_after_a_change_alone(self, change: str) -> None:
+        module, calls = self._module()
+        x = torch.randn(2, 6)
+        with torch.no_grad():
+            before, weight = module(x)
+            if change == "weight in place":
+                module.weight.neg_()
+            elif change == "new weight":
+                module.weight = nn.Parameter(-module.weight)
+            elif change == "scale":
+                next(module.quantizers()).quantization_range = (-0.25, 0.25)
+            elif change == "result":
+                weight.zero_()
+            after, _ = module(x)
+        assert len(calls) == 1 + (change != "nothing")
+        assert torch.equal(before, after) == (change in ("nothing", "result"))
+
+    def test_keeps_gradients(self) -> None:
+        module, calls = self._module()
+        with torch.no_grad():
+            module(torch.randn(2, 6))
+        module(torch.randn(2, 6))[0].sum().backward()
+        assert module.weight.grad is not None
+        assert len(calls) == 2
 
 
 def test_an_inplace_activation_still_changes_its_input() -> None:
