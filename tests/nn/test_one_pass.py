@@ -51,6 +51,14 @@ def test_values_are_those_of_the_formula(name: str, unsigned: bool) -> None:
         assert y.stride() == expected.stride()
 
 
+def test_rows_of_a_transposed_batch_come_in_order() -> None:
+    quantizer, x = _quantizer(), torch.randn(8, 16, 64).transpose(0, 1)
+    with torch.no_grad():
+        y = quantizer(x)
+    assert y.is_contiguous()
+    assert torch.equal(y, _expected(quantizer, x))
+
+
 def test_gradients_still_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(64, 128, requires_grad=True)
     _quantizer()(x).sum().backward()
