@@ -18,20 +18,10 @@ from fastforward.integer.fusion import rule
 from fastforward.integer.grid import Grid
 from fastforward.integer.linear import IntegerLinear
 from fastforward.nn.simulated_weight import version_of
-from fastforward.quantization.tensor import QuantizedTensor
+from fastforward.quantization.tensor import MOVES, QuantizedTensor
 
 F = torch.nn.functional
 Tensor = torch.Tensor
-_ATTRIBUTES: tuple[Any, ...] = (Tensor.T, Tensor.mT)
-_MOVES = frozenset(
-    {
-        *(torch.t, torch.transpose, torch.permute, torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind),
-        *(Tensor.t, Tensor.transpose, Tensor.permute, Tensor.chunk, Tensor.split, Tensor.narrow, Tensor.select),
-        *(Tensor.unbind, Tensor.__getitem__, Tensor.detach, Tensor.contiguous, torch.squeeze, Tensor.squeeze),
-        *(attribute.__get__ for attribute in _ATTRIBUTES),
-        *(torch.reshape, Tensor.reshape, Tensor.view, Tensor.flatten),
-    }
-)
 
 
 @dataclasses.dataclass(slots=True)
@@ -122,7 +112,7 @@ class SiteWeight(QuantizedTensor):
         """What a data-movement operator makes of this weight: the same object each time."""
         key = move, _key(args), _key(tuple(kwargs.items()))
         if key not in self._pieces:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
                 self._pieces[key] = self._as_site(move(self, *args, **kwargs))
         return self._pieces[key]
 
@@ -136,7 +126,7 @@ class SiteWeight(QuantizedTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _MOVES and type(args[0]) is SiteWeight and _is_plain((args[1:], tuple(kwargs.values()))):
+        if func in MOVES and type(args[0]) is SiteWeight and _is_plain((args[1:], tuple(kwargs.values()))):
             return args[0].piece(func, args[1:], kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 

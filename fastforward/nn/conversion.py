@@ -1,7 +1,7 @@
 """From a float model to the same model with a stub at every site, in place, and back."""
 
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from fastforward.nn.module import QuantizedModule, quantized_module_map
 from fastforward.nn.quantizer import Quantizer
 from fastforward.nn.rewritten import ADDED, RewrittenModule, companion, has_forward, swap, warn_float
 from fastforward.nn.ways import class_before
+from fastforward.quantization.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from fastforward.autoquant.patterns import PatternRule
@@ -116,8 +117,20 @@ def dequantize_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def integer_layers(model: torch.nn.Module) -> list[str]:
-    """The paths of the layers of ``model`` that hold integers in place of float weights."""
-    return [path for path, module in model.named_modules() if getattr(module, "holds_integers", False)]
+    """The paths of the layers of ``model``, and of parameters of its other modules, that are integers, not floats."""
+    found = [path for path, module in model.named_modules() if getattr(module, "holds_integers", False)]
+    return [*found, *(f"{path}.{name}" if path else name for path, name in _integer_parameters(model))]
+
+
+def _integer_parameters(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """Parameters that conversion has made integers, with the path of the module whose own code multiplies by them."""
+    for path, module in model.named_modules():
+        for quantizer in module.own_quantizers().values() if isinstance(module, QuantizedModule) else ():
+            rows = quantizer.parameter
+            if rows is not None and hasattr(quantizer.__dict__.get("simulate"), "gives_integers"):
+                owner, _, name = rows.name.rpartition(".")
+                if isinstance(module.get_submodule(owner)._parameters.get(name), QuantizedTensor):
+                    yield path, rows.name
 
 
 def quantized(function: Callable[..., Any]) -> "QuantizedFunction":

@@ -14,6 +14,17 @@ from fastforward.quantization.granularity import block_counts, blocked
 
 Handler = Callable[..., Any]
 _H = TypeVar("_H", bound=Handler)
+_ATTRIBUTES: tuple[Any, ...] = (Tensor.T, Tensor.mT)
+MOVES = frozenset(
+    {
+        *(torch.t, torch.transpose, torch.permute, torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind),
+        *(Tensor.t, Tensor.transpose, Tensor.permute, Tensor.chunk, Tensor.split, Tensor.narrow, Tensor.select),
+        *(Tensor.unbind, Tensor.__getitem__, Tensor.detach, Tensor.contiguous, torch.squeeze, Tensor.squeeze),
+        *(attribute.__get__ for attribute in _ATTRIBUTES),
+        *(torch.reshape, Tensor.reshape, Tensor.view, Tensor.flatten),
+    }
+)
+"""Functions of torch that only say in another way where a tensor's values lie."""
 _FUNCTIONS: dict[Any, Handler] = {}
 _OPERATORS: dict[Any, Handler] = {}
 
@@ -173,6 +184,10 @@ class QuantizedTensor(torch.Tensor):
         handler = _FUNCTIONS.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
+        if func in MOVES and not torch.compiler.is_compiling():
+            # A view made in inference mode could not share the version counter of its base.
+            with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

@@ -12,6 +12,7 @@ from calibrated import close, outputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
+from fastforward.exceptions import QuantizationError
 from fastforward.integer.own_weights import roundings
 from fastforward.quantization.tensor import QuantizedTensor
 
@@ -317,3 +318,23 @@ def test_a_default_device_does_not_lead_past_the_quantizers() -> None:
     expected = outputs(model, x)
     with torch.device("cpu"):
         assert torch.equal(expected, outputs(model, x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("first", [False, True])
+def test_inference_mode(name: str, first: bool) -> None:
+    model, x = _simulated(name)
+    ff.convert(model)
+    expected = None if first else outputs(model, x)
+    with torch.inference_mode():
+        y = model(x) + 0
+    assert close(outputs(model, x) if expected is None else expected, y.clone())
+
+
+def test_there_is_no_way_back_without_the_floats() -> None:
+    model, x = _simulated("attention, self")
+    kept = ff.convert(copy.deepcopy(model), keep_float=True)
+    ff.convert(model)
+    with pytest.raises(QuantizationError, match="in_proj_weight"):
+        ff.dequantize_model(model)
+    assert not any(type(module).__name__.startswith("Quantized") for module in ff.dequantize_model(kept).modules())
