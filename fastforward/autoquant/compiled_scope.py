@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.compiler import is_dynamo_compiling
 
 from fastforward.autoquant.dynamic import apply
@@ -67,7 +68,14 @@ class CompiledScope(Sites):
             return self.scope.callee(number, function)
         if (ours := in_place_of(function)) is not None:
             return ours
-        known = self.scope.memo.get(number, ())
+        known, owner = self.scope.memo.get(number, ()), self.scope.owner
+        if (
+            not known
+            and function is torch.backends.mha.get_fastpath_enabled
+            and owner is not None
+            and not owner._float_only
+        ):
+            return functools.partial(_given, False)  # as the scope finds out in an eager run
         for how, callee, what, _ in known:
             if how == CONSTANT:
                 return functools.partial(_given, what)

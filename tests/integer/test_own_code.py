@@ -312,6 +312,17 @@ def test_compiled_and_exported_programs_equal_the_model(name: str) -> None:
     assert all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in program.state_dict.values())
 
 
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_loaded_attention_is_compiled_without_its_fast_path(convert: bool, tmp_path: Path) -> None:
+    model, x = _simulated("attention, self")
+    model = ff.convert(model) if convert else model
+    expected = outputs(model, x)
+    fresh = MODELS["attention, self"]().eval()
+    ff.load_quantization(fresh, ff.save_quantization(model, tmp_path / "state.ff"))
+    torch._dynamo.reset()
+    assert close(expected, outputs(torch.compile(fresh, fullgraph=True, backend="eager"), x))
+
+
 def test_a_default_device_does_not_lead_past_the_quantizers() -> None:
     """It is a mode, and torch's attention hands itself to modes as a whole."""
     model, x = _simulated("attention, self")
