@@ -32,6 +32,7 @@ from fastforward.integer.compiled_sums import POOLING, add_codes, is_private
 
 F = torch.nn.functional
 ON_GRID, ATTENTION = ops_chain.ROUND_TO_GRID, ops_chain.ATTENTION_OF_INTEGERS
+WEIGHT, SUMS = ops_chain.WEIGHT_OF_INTEGERS, ops_chain.CHANNEL_SUMS
 _MOVES = frozenset(
     {"view", "reshape", "flatten", "transpose", "permute", torch.flatten, torch.transpose, torch.permute}
 )
@@ -44,12 +45,14 @@ _FEW_SCORES = {torch.float32: 1 << 19, torch.bfloat16: 1 << 17}
 
 def fuse(graph: Graph) -> None:
     """Let the integer layers of a program hand codes to each other, in place."""
-    if not calls(graph, (ROUND, ON_GRID)):
+    if not calls(graph, (ROUND, ON_GRID, WEIGHT)):
         return
     for node in calls(graph, (ROUND,)):
         _take_in_detaching(node)
     for node in calls(graph, (F.scaled_dot_product_attention,)):
         _attend_to_integers(node)
+    for node in calls(graph, (F.linear,)):
+        _multiply_integers(node)
     add_codes(graph)
     for node in calls(graph, (ROUND,)):
         _move_ahead(node)
@@ -59,6 +62,8 @@ def fuse(graph: Graph) -> None:
         _take_in(node, Convolution(node))
     for node in calls(graph, (ROUND, ON_GRID)):
         _take_apart(node)
+    for node in calls(graph, (WEIGHT,)):
+        _make_real(node)
 
 
 # ---------------------------------------------------------------- roundings
@@ -165,6 +170,54 @@ def _converts_to_floats(node: Node) -> bool:
 
 
 # ---------------------------------------------------------------- products
+def _multiply_integers(node: Node) -> None:
+    """Let a linear operator in a module's own code multiply codes by the integers that its weight stands for."""
+    given, graph = bound(node, "input", "weight", "bias"), node.graph
+    weight, bias, (rounding, moves) = given["weight"], given.get("bias"), _rounded(given["input"])
+    if rounding is None or not isinstance(weight, Node) or weight.target is not WEIGHT:
+        return
+    integers, scale = weight.args
+    per_channel, shape = value_of(scale), value_of(weight).shape
+    if per_channel is None or per_channel.shape not in ((1, 1), (shape[0], 1)):
+        return
+    _, step, _, zero_point, _ = rounding.args
+    with graph.inserting_before(node):
+        codes = graph.call_function(ROUND, (*rounding.args, ()))
+        for move in moves:
+            codes = _moved(move, codes)
+        factor = graph.call_function(operator.mul, (graph.call_method("reshape", (scale, -1)), step))
+        factor = graph.call_method("expand", (factor, shape[0]))
+        shift = graph.call_function(operator.mul, (graph.call_function(SUMS, (integers,)), zero_point))
+        offset = graph.call_function(operator.mul, (shift, factor))
+        negative = graph.call_function(operator.neg, (offset,))
+        compensated = negative if bias is None else graph.call_function(operator.add, (negative, bias))
+        product = graph.call_function(LINEAR, (codes, integers, factor, compensated, "none"))
+    product.meta["example_value"] = value_of(node)
+    node.replace_all_uses_with(product)
+    for old in (node, *reversed(moves), rounding, weight):
+        if not old.users:
+            graph.erase_node(old)
+
+
+def _rounded(x: Any) -> tuple[Node | None, list[Node]]:
+    """The rounding whose values ``x`` holds, if nobody can have changed them since, and what has moved them."""
+    moves: list[Node] = []
+    while isinstance(x, Node) and x.target is not ON_GRID and _moves(x) and len(x.users) == 1:
+        moves.insert(0, x)
+        x = x.args[0]
+    if not isinstance(x, Node) or x.target is not ON_GRID:
+        return None, []
+    private = len(x.users) == 1 or all(user.target is F.linear for user in x.users)
+    return (x, moves) if private else (None, [])
+
+
+def _make_real(weight: Node) -> None:
+    """Compute the floats of a weight whose product has no integer form."""
+    with weight.graph.inserting_before(weight):
+        weight.replace_all_uses_with(weight.graph.call_function(operator.mul, weight.args))
+    weight.graph.erase_node(weight)
+
+
 def _take_in(node: Node, product: Any) -> None:
     """Let a product take in what follows it: operators one by one, then the rounding of their result."""
     taken = [node]

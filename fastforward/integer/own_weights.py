@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from fastforward_kernels.ops_chain import WEIGHT_OF_INTEGERS
 
 from fastforward.autoquant.sites import PARAMETER
 from fastforward.integer.deferred import Usage
 from fastforward.integer.islands import IslandRounding
 from fastforward.integer.linear import IntegerLinear
 from fastforward.integer.own_code import SiteWeight
+from fastforward.integer.tracing import fuses
 from fastforward.nn.call_paths import PENDING
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.module import QuantizedModule
@@ -53,13 +55,25 @@ class WeightRounding:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, a parameter or rows of one, as integers; anything else rounded."""
-        if torch.compiler.is_compiling() or not _is_stored(x) or x.dim() != 2:
+        if torch.compiler.is_compiling():
+            return self._traced(x)
+        if not _is_stored(x) or x.dim() != 2:
             return x if isinstance(x, QuantizedTensor) else type(self.quantizer).simulate(self.quantizer, x)
         source = _source(x, self.quantizer)
         if self.weight is None or source != self._source:
             self.weight, self._source = SiteWeight.of(_stored(self.quantizer, x), self._start), source
             self._alive = x
         return self.weight
+
+    def _traced(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for a compiler, which multiplies the integers of a whole parameter (``compiled``)."""
+        if not isinstance(x, QuantizedTensor):
+            return type(self.quantizer).simulate(self.quantizer, x)
+        if not isinstance(x, nn.Parameter) or x.dtype != torch.float32 or x.dim() != 2 or not fuses(x.device.type):
+            return x
+        shapes = {(1, x.shape[1]): (-1, 1), (x.shape[0], 1): (1, -1), tuple(x.shape): (1, 1)}
+        shape = shapes.get(tuple(x.block_size))
+        return x if shape is None else WEIGHT_OF_INTEGERS(x.int_data, x.scale.reshape(shape))
 
     def layers(self) -> list[IntegerLinear]:
         """The products of this weight that have run."""

@@ -48,6 +48,11 @@ def linear_to_codes(
     return y.view(*codes.shape[:-1], weight.shape[0])
 
 
+def channel_sums(weight: Tensor) -> Tensor:
+    """See :func:`reference_matmul.channel_sums`; computed once for a weight."""
+    return PACKS.get(weight, "sums", lambda: reference.channel_sums(weight)).clone()  # type: ignore[no-any-return]
+
+
 def channels_inside(codes: Tensor, padding: Sequence[int], value: int) -> Tensor:
     """See :func:`reference_matmul.channels_inside`.
 

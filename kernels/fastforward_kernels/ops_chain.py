@@ -52,6 +52,18 @@ LINEAR_TO_CODES: Callable[..., Tensor] = define(
     cpu=cpu_chain.linear_to_codes,
     fake=_shape(reference.CODES),
 )
+WEIGHT_OF_INTEGERS: Callable[..., Tensor] = define(
+    "weight_of_integers(Tensor integers, Tensor scale) -> Tensor",
+    reference=reference.weight_of_integers,
+    fake=lambda integers, scale: torch.empty_like(integers, dtype=scale.dtype),
+)
+"""The floats of a weight: what a module's own code multiplies by says to the compiler which integers they stand for."""
+CHANNEL_SUMS: Callable[..., Tensor] = define(
+    "channel_sums(Tensor weight) -> Tensor",
+    reference=reference.channel_sums,
+    cpu=cpu_chain.channel_sums,
+    fake=lambda weight: weight.new_empty(weight.shape[:1], dtype=torch.int32),
+)
 CHANNELS_INSIDE: Callable[..., Tensor] = define(
     "channels_inside(Tensor codes, int[] padding, int value) -> Tensor",
     reference=reference.channels_inside,

@@ -143,6 +143,16 @@ def convolution_plus_codes(
     return channels_last((torch.round(y * (1 / step)) + zero_point).clamp(0, highest).to(CODES))
 
 
+def weight_of_integers(integers: Tensor, scale: Tensor) -> Tensor:
+    """The values of int8 ``[n, k]`` whose ``scale`` broadcasts against them."""
+    return integers * scale
+
+
+def channel_sums(weight: Tensor) -> Tensor:
+    """int32 ``[n]``: the sums of the rows of int8 ``[n, k]``."""
+    return weight.sum(1, dtype=torch.int32)
+
+
 def attention_of_integers(
     q: Tensor,
     k: Tensor,

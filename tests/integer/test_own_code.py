@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforward as ff
 from fastforward.exceptions import QuantizationError
+from fastforward.integer import compiled, onednn
 from fastforward.integer.own_weights import roundings
 from fastforward.quantization.tensor import QuantizedTensor
 
@@ -321,6 +322,49 @@ def test_a_loaded_attention_is_compiled_without_its_fast_path(convert: bool, tmp
     ff.load_quantization(fresh, ff.save_quantization(model, tmp_path / "state.ff"))
     torch._dynamo.reset()
     assert close(expected, outputs(torch.compile(fresh, fullgraph=True, backend="eager"), x))
+
+
+COMPILED = {
+    "biased": 1,
+    "bias_put_together": 1,
+    "layers_weight": 1,
+    "loop": 6,
+    "attention, self": 2,
+    "attention, sequence first": 2,
+    "attention, behind a layer": 3,
+    "attention, widths of their own": 4,
+    "halves": 0,
+    "operator": 0,
+}
+"""Models, and their products by whole parameters, which compiled programs multiply in integers."""
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiler_multiplies_the_integers_of_whole_parameters(
+    monkeypatch: pytest.MonkeyPatch, name: str, few: bool
+) -> None:
+    if not onednn.has_onednn():
+        pytest.skip("products are fused where oneDNN multiplies integers")
+    monkeypatch.setattr(onednn, "FEW_ROWS", onednn.FEW_ROWS if few else 0)
+    model, x = _simulated(name)
+    ff.convert(model)
+    expected = outputs(model, x, runs=3)
+    found: list[str] = []
+
+    def backend(program: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.fuse(program.graph)
+        program.graph.lint()
+        program.recompile()
+        found.extend(getattr(node.target, "__name__", "").partition(".")[0] for node in program.graph.nodes)
+        return program
+
+    torch._dynamo.reset()
+    assert close(expected, outputs(torch.compile(model, fullgraph=True, backend=backend), x))
+    products = sum(found.count(name) for name in ("int_mm", "linear_to_floats", "linear_to_codes"))
+    assert products == COMPILED[name]
+    assert "weight_of_integers" not in found
+    assert not COMPILED[name] or "linear" not in found
 
 
 def test_a_default_device_does_not_lead_past_the_quantizers() -> None:

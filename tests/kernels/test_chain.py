@@ -42,6 +42,18 @@ def test_linear_to_floats(rows: int, activation: str) -> None:
     torch.testing.assert_close(y, reference.linear_to_floats(*arguments), rtol=1e-5, atol=1e-5)
 
 
+def test_integers_of_a_weight() -> None:
+    weight = torch.randint(-128, 128, (24, 48), dtype=torch.int8)
+    scale = torch.rand(24, 1)
+    assert torch.equal(ops_chain.WEIGHT_OF_INTEGERS(weight, scale), weight.float() * scale)
+    for _ in range(2):
+        sums = ops_chain.CHANNEL_SUMS(weight)
+        assert torch.equal(sums, weight.int().sum(1, dtype=torch.int32))
+        sums.zero_()  # what is kept is nobody else's
+    weight.fill_(1)
+    assert torch.equal(ops_chain.CHANNEL_SUMS(weight), torch.full((24,), 48, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("zero_point, highest", [(0, 255), (131, 255), (3, 15)])
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh"])
