@@ -82,16 +82,15 @@ class Epilogue:
 def make_epilogue(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, input_scale: float, zero_point: int
 ) -> Epilogue:
-    """Prepare the epilogue of ``weight`` int8 ``[channels, ...]``; sums and products are taken in float64."""
-    sums = channel_sums(weight)
-    offset = sums * scale.double() * (input_scale * zero_point)
-    real = torch.zeros_like(offset) if bias is None else bias.detach().double()
-    return Epilogue(
-        scale=scale,
-        bias=None if bias is None else bias.detach().float(),
-        compensated=(real - offset).float(),
-        factor=(scale.double() * input_scale).float(),
-    )
+    """Prepare the epilogue of ``weight`` int8 ``[channels, ...]``.
+
+    What the zero point adds is rounded just as kernels round their product, so that real zeros give exactly zero where
+    there is no bias: a program may divide by the norm of the result.
+    """
+    factor = (scale.double() * input_scale).float()
+    offset = (channel_sums(weight).double() * zero_point).float() * factor
+    real = None if bias is None else bias.detach().float()
+    return Epilogue(scale, real, offset.neg() if real is None else real - offset, factor)
 
 
 def describe(activation: Activation) -> str:

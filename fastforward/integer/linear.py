@@ -136,7 +136,7 @@ class IntegerLinear(IntegerLayer, FloatCopy):  # type: ignore[override]
         if kernel == "kernels":
             return portable.linear(codes, self.weight_int8, self._operands, epilogue, activation, out)
         if kernel == "onednn":
-            return onednn.linear_onednn(codes, self.grid.scale, self._pack(), epilogue, activation, out)
+            return onednn.linear_onednn(codes, self._pack(), epilogue, activation, out)
         return onednn.linear_int_mm(codes, self._transposed(), epilogue, activation, out)
 
     def kernel_for(self, rows: int, *, to_codes: bool) -> str:

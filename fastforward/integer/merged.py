@@ -42,8 +42,7 @@ class Merged:
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of all layers' results side by side, ``[..., sum of features]``."""
-        scale = self.layers[0].grid.scale
-        return onednn.linear_onednn(x, scale, self.packed, self.epilogue, NO_ACTIVATION, UNIT)
+        return onednn.linear_onednn(x, self.packed, self.epilogue, NO_ACTIVATION, UNIT)
 
 
 def compute_together(operands: Sequence[Deferred]) -> None:

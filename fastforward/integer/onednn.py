@@ -121,7 +121,6 @@ def stored(
 
 def linear_onednn(
     codes: torch.Tensor,
-    input_scale: float,
     packed: torch.Tensor,
     epilogue: Epilogue,
     activation: Activation,
@@ -129,15 +128,16 @@ def linear_onednn(
 ) -> torch.Tensor:
     """Multiply ``[..., K]`` codes by a prepacked weight; float32, or codes on ``out``.
 
-    The input's zero point is in the bias already: oneDNN would sum the weight again on every call.
+    The input's zero point is in the bias already: oneDNN would sum the weight again on every call. Its scale is in the
+    factor: for few rows oneDNN multiplies by both one after the other, which rounds otherwise than ``make_epilogue``.
     """
     epilogue, activation, scale, zero_point, dtype = stored(epilogue, activation, out)
     result: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
         codes,
-        input_scale,
+        1.0,
         0,
         packed,
-        epilogue.scale,
+        epilogue.factor,
         _zeros(epilogue.scale.numel()),
         epilogue.compensated,
         scale,
@@ -155,7 +155,8 @@ def linear_int_mm(
 ) -> torch.Tensor:
     """Multiply ``[..., K]`` codes by a plain int8 weight, its ``[K, N]`` view; float32, or codes on ``out``."""
     rows = codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
-    y = torch.addcmul(epilogue.compensated, int_mm(rows, columns), epilogue.factor)
+    # Two roundings, as what the zero point adds has had (``make_epilogue``); torch.addcmul fuses them into one.
+    y = int_mm(rows, columns).mul(epilogue.factor).add_(epilogue.compensated)
     if out is None:
         y = activation.apply(y)
     else:

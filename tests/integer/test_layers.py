@@ -74,6 +74,21 @@ def test_output_equals_simulation(name: str, num_bits: int, symmetric: bool) -> 
     assert example.numel() == 0 or close(expected, actual)
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["many rows", "few rows"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "no rows" not in name and "depthwise" not in name])
+def test_zeros_give_zero_where_nothing_is_added(monkeypatch: pytest.MonkeyPatch, name: str, few: bool) -> None:
+    """Programs may divide by the norm of the result, as cosine attention does for padded tokens."""
+    monkeypatch.setattr(onednn, "SMALL_ROWS", 1 << 20 if few else 0)
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer = make()
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    model = ff.convert(simulated(nn.Sequential(layer), torch.randn(shape) + 0.5))
+    y = outputs(model, torch.zeros(shape), runs=3)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
 def test_the_detector_sees_float_products() -> None:
     with FloatProducts() as seen, torch.no_grad():
         nn.Linear(4, 4)(torch.randn(2, 4))
