@@ -34,6 +34,7 @@ class Link:
         fused: Operators that its kernel took over.
         kernel: The kernel that ran last; empty for a float island.
         reason: Why a float island remains.
+        kept: Why the float form of its weight is kept beside the integers, if it is.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Link:
     fused: tuple[str, ...] = ()
     kernel: str = ""
     reason: str = ""
+    kept: str = ""
 
     @property
     def is_integer(self) -> bool:
@@ -170,7 +172,7 @@ def _own_products(path: str, active: list[Quantizer], kind: str) -> Iterator[Lin
         name = f"{path}.{rows.name}" if path and rows is not None else path if rows is None else rows.name
         layers = rounding.layers()
         for layer in layers:
-            yield _integer_link(name, layer, operator)
+            yield dataclasses.replace(_integer_link(name, layer, operator), kept=rounding.kept)
         if not layers and rounding.weight is not None:
             yield Link(name, operator, reason="its weight is rounded, its input is on no static 8-bit grid")
         elif not layers:
@@ -203,4 +205,5 @@ def _row(link: Link) -> tuple[str, str, str, str]:
     if not link.is_integer:
         return link.path, link.operator, "float", link.reason
     operator = " + ".join((link.operator, *link.fused))
-    return link.path, operator, f"{link.source} -> {link.result}", link.kernel
+    kernel = f"{link.kernel}; floats kept: {link.kept}" if link.kept else link.kernel
+    return link.path, operator, f"{link.source} -> {link.result}", kernel

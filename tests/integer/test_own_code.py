@@ -240,8 +240,11 @@ def test_a_weight_that_its_owner_uses_keeps_its_floats() -> None:
     assert type(model.table.weight) is nn.Parameter
     assert close(expected, outputs(model, index))
     (rounding,) = [rounding for _, rounding in roundings(model)]
-    assert rounding.kept
     assert rounding.layers()
+    explanation = ff.integer.explain(model)
+    (link,) = [link for link in explanation.integer if link.operator == "linear"]
+    assert link.kept == rounding.kept != ""
+    assert f"floats kept: {link.kept}" in str(explanation)
 
 
 def test_weights_alone_stay_simulated() -> None:
