@@ -34,7 +34,10 @@ F = torch.nn.functional
 ON_GRID, ATTENTION = ops_chain.ROUND_TO_GRID, ops_chain.ATTENTION_OF_INTEGERS
 WEIGHT, SUMS = ops_chain.WEIGHT_OF_INTEGERS, ops_chain.CHANNEL_SUMS
 _MOVES = frozenset(
-    {"view", "reshape", "flatten", "transpose", "permute", torch.flatten, torch.transpose, torch.permute}
+    {
+        *("view", "reshape", "flatten", "transpose", "permute", "roll"),
+        *(torch.flatten, torch.transpose, torch.permute, torch.roll),
+    }
 )
 """Operators that keep every value: functions, and names of methods."""
 _DETACHING = frozenset({"detach", torch.detach})

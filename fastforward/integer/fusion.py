@@ -235,6 +235,11 @@ def _permute(func: Any, input: Any, *dims: Any) -> Any:
     return _move(input, lambda x: x.permute(order), tuple(input._shape[dim] for dim in order), strided=True)
 
 
+@rule(torch.roll, Tensor.roll)
+def _roll(func: Any, input: Any, shifts: Any, dims: Any = ()) -> Any:
+    return _move(input, lambda x: torch.roll(x, shifts, dims), tuple(input._shape))
+
+
 @rule(F.max_pool2d, torch.max_pool2d)
 def _max_pool2d(
     func: Any,

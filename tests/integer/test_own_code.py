@@ -74,13 +74,30 @@ def _halves(self: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([F.linear(x, first), F.linear(x.relu(), second)], -1)
 
 
+def _rolled(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = torch.roll(x.tanh().view(3, 2, 3, WIDTH), (1, -1), (1, 2))
+    return F.linear(y.transpose(1, 2).reshape(-1, 6, WIDTH).roll(1, 0), self.w)
+
+
 def _loop(self: Any, x: torch.Tensor) -> torch.Tensor:
     for _ in range(3):
         x = F.linear(F.linear(x, self.w, self.b).tanh(), self.v)
     return x
 
 
-FORMS = (_linear, _biased, _bias_put_together, _layers_weight, _operator, _transposed, _mm, _addmm, _halves, _loop)
+FORMS = (
+    _linear,
+    _biased,
+    _bias_put_together,
+    _layers_weight,
+    _operator,
+    _transposed,
+    _mm,
+    _addmm,
+    _halves,
+    _rolled,
+    _loop,
+)
 
 
 class Attends(nn.Module):
@@ -332,6 +349,7 @@ COMPILED = {
     "bias_put_together": 1,
     "layers_weight": 1,
     "loop": 6,
+    "rolled": 1,
     "attention, self": 2,
     "attention, sequence first": 2,
     "attention, behind a layer": 3,
