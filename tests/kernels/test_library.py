@@ -79,6 +79,8 @@ def calls():
             (U, W, torch.rand(6), torch.rand(6), "relu", None, *STEPS, 255),
             (U, W, torch.rand(6), torch.rand(6), "gelu", torch.rand(6), *STEPS, 63),
         ],
+        "weight_of_integers": [(W, torch.rand(6, 1)), (W, torch.rand(1, 1))],
+        "channel_sums": [(W,)],
         "channels_inside": [(IMAGE, [0, 0], 0), (IMAGE, [1, 2], 7)],
         "adds_codes": [(IMAGE.float(), KERNEL)],
         "convolution_plus_codes": [
