@@ -61,7 +61,9 @@ class Linear:
         value = value_of(node)
         shape = None if value is None else list(value.shape)
         static = shape is not None and all(type(size) is int for size in shape)
-        self.few = shape if static and math.prod(shape[:-1]) <= onednn.FEW_ROWS else None  # type: ignore[index]
+        rows = math.prod(shape[:-1]) if static else 0  # type: ignore[index]
+        # Compilers choose strides of axes of size 1, and torch's plain product reads some single rows in a wrong order.
+        self.few = shape if 1 < rows <= onednn.FEW_ROWS else None
         self.many = static and math.prod(shape) >= _MANY_RESULTS  # type: ignore[arg-type]
 
     def take(self, user: Node) -> bool:
