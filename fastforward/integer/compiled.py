@@ -87,11 +87,7 @@ def _move_ahead(rounding: Node) -> None:
 
     Programs may still change tensors in place. So nobody else may see the values on the way, and they must be fresh.
     """
-    moves = []
-    source: Any = rounding.args[0]
-    while isinstance(source, Node) and _moves(source) and len(source.users) == 1:
-        moves.append(source)
-        source = source.args[0]
+    source, moves = _behind_moves(rounding.args[0])
     if (
         not moves
         or len(source.users) != 1
@@ -107,6 +103,15 @@ def _move_ahead(rounding: Node) -> None:
     rounding.replace_all_uses_with(codes)
     for node in (rounding, *moves):
         graph.erase_node(node)
+
+
+def _behind_moves(x: Any) -> tuple[Any, list[Node]]:
+    """Where ``x`` comes from through moves whose results nobody else sees, and these, the last first."""
+    moves = []
+    while isinstance(x, Node) and _moves(x) and len(x.users) == 1:
+        moves.append(x)
+        x = x.args[0]
+    return x, moves
 
 
 def _moved(move: Node, codes: Node) -> Node:
@@ -176,18 +181,18 @@ def _converts_to_floats(node: Node) -> bool:
 def _multiply_integers(node: Node) -> None:
     """Let a linear operator in a module's own code multiply codes by the integers that its weight stands for."""
     given, graph = bound(node, "input", "weight", "bias"), node.graph
-    weight, bias, (rounding, moves) = given["weight"], given.get("bias"), _rounded(given["input"])
-    if rounding is None or not isinstance(weight, Node) or weight.target is not WEIGHT:
+    weight, bias, (rounding, moves) = given["weight"], given.get("bias"), _behind_moves(given["input"])
+    if not (isinstance(weight, Node) and weight.target is WEIGHT and _is_private_rounding(rounding)):
         return
     integers, scale = weight.args
     per_channel, shape = value_of(scale), value_of(weight).shape
     if per_channel is None or per_channel.shape not in ((1, 1), (shape[0], 1)):
         return
-    _, step, _, zero_point, _ = rounding.args
+    x, step, _, zero_point, _ = rounding.args
     with graph.inserting_before(node):
-        codes = graph.call_function(ROUND, (*rounding.args, ()))
-        for move in moves:
-            codes = _moved(move, codes)
+        for move in reversed(moves):
+            x = _moved(move, x)
+        codes = graph.call_function(ROUND, (x, *rounding.args[1:], ()))
         factor = graph.call_function(operator.mul, (graph.call_method("reshape", (scale, -1)), step))
         factor = graph.call_method("expand", (factor, shape[0]))
         shift = graph.call_function(operator.mul, (graph.call_function(SUMS, (integers,)), zero_point))
@@ -197,21 +202,16 @@ def _multiply_integers(node: Node) -> None:
         product = graph.call_function(LINEAR, (codes, integers, factor, compensated, "none"))
     product.meta["example_value"] = value_of(node)
     node.replace_all_uses_with(product)
-    for old in (node, *reversed(moves), rounding, weight):
+    for old in (node, *moves, rounding, weight):
         if not old.users:
             graph.erase_node(old)
 
 
-def _rounded(x: Any) -> tuple[Node | None, list[Node]]:
-    """The rounding whose values ``x`` holds, if nobody can have changed them since, and what has moved them."""
-    moves: list[Node] = []
-    while isinstance(x, Node) and x.target is not ON_GRID and _moves(x) and len(x.users) == 1:
-        moves.insert(0, x)
-        x = x.args[0]
+def _is_private_rounding(x: Any) -> bool:
+    """Whether ``x`` is a rounding whose values nobody can have changed since."""
     if not isinstance(x, Node) or x.target is not ON_GRID:
-        return None, []
-    private = len(x.users) == 1 or all(user.target is F.linear for user in x.users)
-    return (x, moves) if private else (None, [])
+        return False
+    return len(x.users) == 1 or all(user.target is F.linear for user in x.users)
 
 
 def _make_real(weight: Node) -> None:
