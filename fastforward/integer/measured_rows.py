@@ -14,7 +14,7 @@ from fastforward.integer.layer import require_known
 from fastforward.nn.quantizer import Quantizer
 
 FLOAT = "float"
-_KERNELS = ("onednn", "int_mm", "int4", FLOAT)
+_KERNELS = ("onednn", "int_mm", "int4", "unpacked", FLOAT)
 _SMALL = 1 << 20
 """Weights of a layer that may keep them as floats too. Larger ones would take back the memory that integers save."""
 

@@ -4,7 +4,7 @@ There the time goes into reading the weight, so fewer bytes per weight are what 
 the activation split into three 8-bit digits, which together hold every float32 value to its own rounding: by oneDNN as
 three rows, or for one row by torch's plain product as columns, which takes the weight as it is, without a packed copy.
 An int4 weight goes to torch's grouped int4 kernel, which is fast in bfloat16 only: activations, scales and results are
-rounded to it, a hundredth of what four bits cost.
+rounded to it, a hundredth of what four bits cost. For many rows it is unpacked first.
 """
 
 from collections.abc import Iterator
@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from fastforward_kernels import memory
+from fastforward_kernels.cpu_int4 import reads_packed
 from fastforward_kernels.int_mm import int_mm
 from fastforward_kernels.ops_chain import LINEAR_TO_FLOATS
+from fastforward_kernels.ops_matmul import INT4_LINEAR
+from fastforward_kernels.packing import INT4_BLOCK
 
 from fastforward.exceptions import StateError, UnsupportedOperatorError
 from fastforward.integer import digits, onednn
 from fastforward.integer.layer import become, successor
 from fastforward.integer.measured_rows import FLOAT, MeasuredRows
 from fastforward.integer.shared import shared
-from fastforward.integer.tracing import fuses
+from fastforward.integer.tracing import fuses, is_exporting
 from fastforward.integer.weights import (
     channel_sums,
     integer_weight,
@@ -37,6 +40,8 @@ from fastforward.quantization import affine
 _PACKED_AT_ONCE = 512
 """Channels; a multiple of the 64 that the packed format keeps together."""
 GROUPS = (256, 128, 64, 32)
+_MANY_ROWS = 64
+"""For so many an int4 weight is unpacked first, unless something else was measured."""
 
 
 class WeightOnlyLinear(MeasuredRows):
@@ -52,6 +57,7 @@ class WeightOnlyLinear(MeasuredRows):
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
     group: int
     _offset: torch.Tensor
+    _unpacks: bool
 
     @classmethod
     def swap(cls, layer: QuantizedLinear, *, keep_float: bool = False) -> "WeightOnlyLinear":
@@ -76,13 +82,20 @@ class WeightOnlyLinear(MeasuredRows):
         if bias is not self.bias:
             self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
         self.group = group
+        self._unpacks = bool(group) and self.out_features % INT4_BLOCK == 0 and reads_packed()
         self._prepare()
         self.start()
         if group:
             memory.use_huge_pages(self.weight_int4.data_ptr(), self.weight_int4.nbytes)
 
     def kernels(self) -> tuple[str, ...]:
-        return ("int4",) if self.group else super().kernels()
+        if not self.group:
+            return super().kernels()
+        return ("int4", "unpacked") if self._unpacks else ("int4",)
+
+    def default_kernel(self, rows: int) -> str:
+        many = rows >= _MANY_ROWS and self.backend not in self.kernels()
+        return "unpacked" if many and "unpacked" in self.kernels() else super().default_kernel(rows)
 
     def by_kernel(self, input: torch.Tensor, kernel: str) -> torch.Tensor:
         """As :meth:`MeasuredRows.by_kernel`.
@@ -96,15 +109,19 @@ class WeightOnlyLinear(MeasuredRows):
                 "move the model there first, then quantize and convert it"
             )
             raise UnsupportedOperatorError(msg)
-        y = self._int4(input) if self.group else self._int8(input, kernel)
+        y = self._int4(input, kernel) if self.group else self._int8(input, kernel)
         if self.bias is not None:
             y = y.add_(self.bias.detach())
         if input.dim() != 2:
             y = y.view(*input.shape[:-1], self.out_features)
         return y if y.dtype == input.dtype else y.to(input.dtype)
 
-    def _int4(self, input: torch.Tensor) -> torch.Tensor:
+    def _int4(self, input: torch.Tensor, kernel: str) -> torch.Tensor:
         rows = shared(input, _bfloat16_rows)
+        if not kernel and not is_exporting():  # an exported program runs without ours
+            kernel = self.default_kernel(rows.shape[0])
+        if kernel == "unpacked":
+            return INT4_LINEAR(rows, self.weight_int4, self.group, self.weight_scale)
         return torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group, self.weight_scale).float()
 
     def _int8(self, input: torch.Tensor, kernel: str) -> torch.Tensor:
@@ -148,7 +165,7 @@ class WeightOnlyLinear(MeasuredRows):
 
     def float_weight(self) -> torch.Tensor:
         if self.group:
-            return self._int4(torch.eye(self.in_features)).t()
+            return self._int4(torch.eye(self.in_features), self.default_kernel(self.in_features)).t()
         return self.weight_int8 * self.weight_scale[:, None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightOnlyLinear":
@@ -163,7 +180,7 @@ class WeightOnlyLinear(MeasuredRows):
         chosen = self.kernel_names()
         if chosen == FLOAT:
             return "linear", "float32", "float32", FLOAT
-        how = f": {chosen}" if chosen and not self.group else ""
+        how = f": {chosen}" if chosen not in ("", "int4") else ""
         return "linear", "float32", "float32", f"int{4 if self.group else 8} weight only{how}"
 
     def quantization_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -81,6 +81,7 @@ CASES = [
     *(linear(128, *shape) for shape in DECODER),
     *(linear(rows, 2048, 2048, "w8a8_dynamic") for rows in (1, 128)),
     *(linear(1, *shape, scheme) for scheme in ("w8", "w4_g128") for shape in DECODER),
+    *(linear(rows, 2048, 8192, scheme) for rows in (128, 512) for scheme in ("w8", "w4_g128")),
     transposed(64, 32, 4, 28, padding=1),
     transposed(64, 64, 2, 56),
     Case("lstm 32 x 1 x 256 -> 256", lambda: nn.LSTM(256, 256), (32, 1, 256)),

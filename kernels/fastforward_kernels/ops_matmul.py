@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforward_kernels import cpu_matmul, cpu_weight_only, epilogue, gradients
+from fastforward_kernels import cpu_int4, cpu_matmul, cpu_weight_only, epilogue, gradients
 from fastforward_kernels import reference_matmul as reference
 from fastforward_kernels.library import define, has_triton
 from fastforward_kernels.packing import PackedWeight, PackedWeightOnly
@@ -83,6 +83,12 @@ WEIGHT_ONLY_LINEAR: Callable[..., Tensor] = define(
     differentiable=True,
     triton="weight_only:weight_only_linear",
     fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+INT4_LINEAR: Callable[..., Tensor] = define(
+    "int4_linear(Tensor rows, Tensor packed, int group, Tensor scales) -> Tensor",
+    reference=reference.int4_linear,
+    cpu=cpu_int4.int4_linear,
+    fake=lambda rows, packed, *_: rows.new_empty((rows.shape[0], packed.shape[0]), dtype=torch.float32),
 )
 
 gradients.register_weight_only()

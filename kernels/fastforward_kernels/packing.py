@@ -125,6 +125,16 @@ def unpack_weight_only(weight: Tensor) -> Tensor:
     return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2).to(torch.int16)
 
 
+INT4_BLOCK = 64
+"""Channels that ATen packs together: byte ``j`` of the 32 for a column holds channel ``j`` low and ``j + 32`` high."""
+
+
+def unpack_int4(packed: Tensor, k: int) -> Tensor:
+    """Return the integers from 0 to 15, uint8 [n, k], of what ATen packed with vectors of 512 bits."""
+    codes = packed.view(-1, k, INT4_BLOCK // 2)
+    return torch.cat((codes & 15, codes >> 4), 2).transpose(1, 2).reshape(-1, k)
+
+
 class PackCache:
     """What a library made from a weight, kept as long as that very tensor lives and is not changed in place."""
 

@@ -275,3 +275,18 @@ def dequantized(
         groups.sub_(zero_point.unsqueeze(-1))
     values: Tensor = groups.mul_(scale.unsqueeze(-1)).view(q.shape).to(dtype)
     return values
+
+
+def int4_linear(rows: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
+    """bfloat16 ``rows [m, k]`` by a weight that ATen packed, as its own kernel multiplies; float32 ``[m, n]``.
+
+    Args:
+        rows: The activations.
+        packed: uint8 ``[n, k / 2]``, of ``torch._convert_weight_to_int4pack_for_cpu``; ``n`` in whole blocks of 64.
+        group: Columns that share a scale.
+        scales: bfloat16 ``[k / group, n, 2]``: the scale, and the real value of the integer 8.
+    """
+    codes = packing.unpack_int4(packed, rows.shape[1])
+    scale, middle = scales.float().repeat_interleave(group, 0).unbind(-1)
+    y: Tensor = rows.float() @ ((codes.t() - 8.0) * scale + middle)
+    return y

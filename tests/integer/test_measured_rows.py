@@ -40,7 +40,7 @@ def prefers(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("rows", [1, 12])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("kernel", ["onednn", "int_mm", "float"])
+@pytest.mark.parametrize("kernel", ["onednn", "int_mm", "unpacked", "float"])
 def test_every_kernel_gives_what_the_default_gives(
     scheme: str, kernel: str, rows: int, prefers: Any, tmp_path: Path
 ) -> None:
@@ -48,8 +48,9 @@ def test_every_kernel_gives_what_the_default_gives(
     by_default, target = ff.convert(copy.deepcopy(model)), copy.deepcopy(model)
     prefers(kernel)
     ff.convert(model, example_inputs=x)
-    known = model[0].kernels()
-    assert _kernels(model) == {kernel if kernel in (*known, "float") else known[0]}
+    assert _kernels(model) == {
+        kernel if kernel in (*layer.kernels(), "float") else layer.kernels()[0] for layer in model
+    }
     expected, actual = outputs(by_default, x), outputs(model, x)
     rounded = 0.05 if kernel == "float" else 2e-2 if "w4" in scheme else 1e-5
     assert torch.allclose(actual, expected, rtol=rounded, atol=rounded)

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from calibrated import close, compiled_operators, outputs
-from fastforward_kernels import memory
+from fastforward_kernels import cpu_int4, memory
 
 import fastforward as ff
 from fastforward.exceptions import UnsupportedOperatorError
-from fastforward.integer import WeightOnlyLinear, digits
+from fastforward.integer import WeightOnlyLinear, digits, weight_only
 from fastforward.integer.onednn import has_onednn
 
 nn = torch.nn
@@ -54,6 +54,24 @@ def test_output_equals_simulation(name: str, rows: int) -> None:
         assert close(expected, actual)
     assert torch.allclose(model[0].weight, weight, atol=1e-3 if model[0].group else 1e-5)
     assert "weight only" in str(ff.integer.explain(model))
+
+
+@pytest.mark.skipif(not cpu_int4.reads_packed(), reason="ATen packs int4 weights in another order here")
+@pytest.mark.parametrize("name", [name for name in FORMATS if "int8" not in name])
+def test_many_rows_unpack_an_int4_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, few, many = _simulated(*FORMATS[name], features=(256, 128)), torch.randn(5, 256), torch.randn(3, 50, 256)
+    expected = [outputs(model, x) for x in (few, many)]
+    ff.convert(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    for run in (model, compiled):
+        for x, y in zip((few, many), expected, strict=True):
+            assert torch.allclose(outputs(run, x), y, rtol=2e-2, atol=2e-2 * float(y.abs().max()))
+    assert compiled_operators(model, many)["int4_linear"] and not compiled_operators(model, few)["int4_linear"]
+    program = ff.export(model, (many,)).graph_module.code
+    assert "_weight_int4pack_mm_for_cpu" in program and "int4_linear" not in program
+    assert ff.convert(_simulated(*FORMATS[name]))[0].kernels() == ("int4",), "48 channels are no whole block"
+    monkeypatch.setattr(weight_only, "reads_packed", lambda: False)
+    assert ff.convert(_simulated(*FORMATS[name], features=(256, 128)))[0].kernels() == ("int4",)
 
 
 @pytest.mark.parametrize("name", ["int8 per channel", "int4 in groups of 128"])

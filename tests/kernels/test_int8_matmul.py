@@ -5,7 +5,7 @@ import itertools
 import fastforward_kernels as ffk
 import pytest
 import torch
-from fastforward_kernels import cpu_matmul, cpu_weight_only, epilogue
+from fastforward_kernels import cpu_int4, cpu_matmul, cpu_weight_only, epilogue, ops_matmul
 from fastforward_kernels import reference_matmul as reference
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
@@ -297,6 +297,25 @@ def test_weight_only_linear_passes_gradients_to_activation_and_bias():
     ffk.weight_only_linear(x, packed, bias).backward(grad)
     assert torch.allclose(x.grad, grad @ weight, atol=1e-5)
     assert torch.allclose(bias.grad, grad.sum((0, 1)), atol=1e-5)
+
+
+@pytest.mark.skipif(not cpu_int4.reads_packed(), reason="ATen packs int4 weights in another order here")
+@pytest.mark.parametrize("group", [32, 256])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (192, 512), (64 * 5, 4096)])
+def test_unpacked_int4_equals_the_kernel_of_aten(n: int, k: int, group: int) -> None:
+    packed = torch._convert_weight_to_int4pack_for_cpu(integers((n, k)).int() & 15, 1)
+    scales = torch.stack((torch.rand(k // group, n) + 0.1, floats((k // group, n)) * 3), -1).bfloat16()
+    rows = (floats((70, k)) + 2).bfloat16()  # a mean, which what is added to a group is multiplied by
+    expected = reference.int4_linear(rows, packed, group, scales)
+    by_aten = torch._weight_int4pack_mm_for_cpu(rows, packed, group, scales).float()
+    actual = ops_matmul.INT4_LINEAR(rows, packed, group, scales)
+    deviation = [(y - expected).abs().mean() / expected.abs().mean() for y in (by_aten, actual)]
+    assert deviation[0] < 4e-3
+    assert deviation[1] < 4e-3
+    rows[1, 5] = float("nan")
+    with_nan = ops_matmul.INT4_LINEAR(rows, packed, group, scales)
+    assert with_nan[1].isnan().all()
+    assert torch.equal(with_nan[2:], actual[2:])
 
 
 PACKED = ffk.pack_linear_weight(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))

@@ -62,6 +62,14 @@ def calls():
         "int8_conv": [(IMAGE, SCALE, ZERO, *CONV, None, None, [2, 2], [1, 1], [1, 1], 1, "relu", *OUT)],
         "float8_linear": [(X.to(F8), SCALE, X.to(F8), SCALE, None, torch.float32)],
         "weight_only_linear": [(leaf(), *four, None)],
+        "int4_linear": [
+            (
+                X[:2, :1].repeat(1, 32).bfloat16(),
+                torch.arange(64 * 16).view(64, 16).byte(),
+                32,
+                torch.rand(1, 64, 2).bfloat16(),
+            )
+        ],
         "int8_embedding": [(torch.tensor([1, 2]), Q, SCALE, ZERO, *OUT)],
         "int8_lookup": [(Q, torch.rand(256))],
         "int8_add": [(Q, SCALE, ZERO, Q[0], SCALE, ZERO, "relu", *OUT)],
