@@ -88,12 +88,7 @@ def _move_ahead(rounding: Node) -> None:
     Programs may still change tensors in place. So nobody else may see the values on the way, and they must be fresh.
     """
     source, moves = _behind_moves(rounding.args[0])
-    if (
-        not moves
-        or len(source.users) != 1
-        or not _is_fresh(source)
-        or any(_is_one_row(user) for user in rounding.users)
-    ):
+    if not moves or len(source.users) != 1 or not _is_fresh(source):
         return
     graph = rounding.graph
     with graph.inserting_before(rounding):
@@ -127,12 +122,6 @@ def _window(pooling: Node) -> list[list[int]]:
     given = {"padding": 0, "dilation": 1, **bound(pooling, *_POOLING_ARGUMENTS)}
     sizes = [given["kernel_size"], given.get("stride") or given["kernel_size"], given["padding"], given["dilation"]]
     return [list(size) if isinstance(size, list | tuple) else [size, size] for size in sizes]
-
-
-def _is_one_row(node: Node) -> bool:
-    """Whether a linear layer multiplies one row, which torch's plain product reads in a wrong order once moved."""
-    value = value_of(node)
-    return node.target is LINEAR and value is not None and value.numel() == value.shape[-1]
 
 
 def _is_fresh(node: Node) -> bool:

@@ -109,10 +109,15 @@ def test_few_rows_are_left_to_the_compiler() -> None:
     assert near(model, example, actual)
 
 
-def test_one_row_behind_a_view_is_read_in_the_right_order() -> None:
+@pytest.mark.parametrize(
+    "forward",
+    [lambda self, x: self.a(x.transpose(0, 1)), lambda self, x: self.a(torch.relu(self.a(x)).transpose(0, 1))],
+    ids=["of an input", "of a result"],
+)
+def test_one_row_behind_a_view_is_read_in_the_right_order(forward: Any) -> None:
     """Inductor chooses the strides of axes of size 1; only its own code shows what a product makes of them."""
     example = torch.randn(1, 1, 64)
-    model = integer(example, lambda self, x: self.a(x.transpose(0, 1)), a=nn.Linear(64, 64))
+    model = integer(example, forward, a=nn.Linear(64, 64))
     torch._dynamo.reset()
     assert near(model, example, outputs(torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False), example))
 
