@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fastforward.integer.layer import IntegerLayer
 
 Rule = Callable[..., Any]
-_LEARNING_CALLS = 2
+LEARNING_CALLS = 2
+"""Calls after which a program that asks for floats alone is taken to go on doing so."""
 
 
 class Product:
@@ -108,7 +109,7 @@ class Usage:
 
     def pays(self) -> bool:
         """Whether codes are taken, or may be: floats alone are had more cheaply without a detour."""
-        return self.codes > 0 or self.floats < _LEARNING_CALLS
+        return self.codes > 0 or self.floats < LEARNING_CALLS
 
 
 class Deferred(torch.Tensor):

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 
 from fastforward.exceptions import StateError
-from fastforward.integer.deferred import Deferred, Product
+from fastforward.integer.deferred import LEARNING_CALLS, Deferred, Product
 from fastforward.integer.epilogue import NO_ACTIVATION, Activation, Epilogue, make_epilogue
 from fastforward.integer.grid import Grid
 from fastforward.integer.weights import keeping_scales
 from fastforward.nn.linear_quantizer import LinearQuantizer
 from fastforward.nn.module import QuantizedModule
 from fastforward.nn.quantizer import Quantizer
-
-_LEARNING_CALLS = 2
 
 
 @dataclasses.dataclass(slots=True)
@@ -201,7 +199,7 @@ class IntegerLayer(torch.nn.Module):
         """The product for these codes, to be deferred; the layer stops that if nobody in the model uses it."""
         record = self.record
         record.deferred += 1
-        if record.deferred - record.calls > _LEARNING_CALLS:
+        if record.deferred - record.calls > LEARNING_CALLS:
             self.defers = False
         return Product(self, codes, self.epilogue, dtype)
 
@@ -214,7 +212,7 @@ class IntegerLayer(torch.nn.Module):
         record = self.record
         record.calls += 1
         record.result, record.fused = "float32", fused
-        if not fused and record.calls >= _LEARNING_CALLS:
+        if not fused and record.calls >= LEARNING_CALLS:
             self.defers = False
 
     def used_as_codes(self, fused: tuple[str, ...]) -> None:

@@ -193,7 +193,7 @@ def as_floats(model: nn.Module) -> Iterator[None]:
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if _is_of_integers(parameter)
+        if isinstance(parameter, QuantizedTensor)
     ]
     for module, name, parameter in kept:
         module._parameters[name] = nn.Parameter(parameter.dequantize(), requires_grad=False)
@@ -211,10 +211,6 @@ class _Reader:
     module: QuantizedModule
     rounding: WeightRounding
     rows: ParameterRows
-
-
-def _is_of_integers(parameter: Any) -> bool:
-    return isinstance(parameter, QuantizedTensor)
 
 
 def release(model: nn.Module) -> None:
