@@ -16,6 +16,7 @@ from fastforward_kernels import ops_chain
 from fastforward_kernels.cpu_attention import multiplies_bfloat16
 from torch.fx import Graph, Node
 
+from fastforward.integer.compiled_own import WEIGHT, is_spelled, own_product
 from fastforward.integer.compiled_products import (
     CONVOLUTIONS,
     LINEAR,
@@ -32,7 +33,6 @@ from fastforward.integer.compiled_sums import POOLING, add_codes, is_private
 
 F = torch.nn.functional
 ON_GRID, ATTENTION = ops_chain.ROUND_TO_GRID, ops_chain.ATTENTION_OF_INTEGERS
-WEIGHT, SUMS = ops_chain.WEIGHT_OF_INTEGERS, ops_chain.CHANNEL_SUMS
 _MOVES = frozenset(
     {
         *("view", "reshape", "flatten", "transpose", "permute", "roll"),
@@ -54,7 +54,7 @@ def fuse(graph: Graph) -> None:
         _take_in_detaching(node)
     for node in calls(graph, (F.scaled_dot_product_attention,)):
         _attend_to_integers(node)
-    for node in calls(graph, (F.linear,)):
+    for node in [node for node in graph.nodes if is_spelled(node)]:
         _multiply_integers(node)
     add_codes(graph)
     for node in calls(graph, (ROUND,)):
@@ -168,39 +168,30 @@ def _converts_to_floats(node: Node) -> bool:
 
 # ---------------------------------------------------------------- products
 def _multiply_integers(node: Node) -> None:
-    """Let a linear operator in a module's own code multiply codes by the integers that its weight stands for."""
-    given, graph = bound(node, "input", "weight", "bias"), node.graph
-    weight, bias, (rounding, moves) = given["weight"], given.get("bias"), _behind_moves(given["input"])
-    if not (isinstance(weight, Node) and weight.target is WEIGHT and _is_private_rounding(rounding)):
+    """Let an operator in a module's own code multiply codes by the integers that its weight stands for."""
+    own, graph = own_product(node), node.graph
+    if own is None:
         return
-    integers, scale = weight.args
-    per_channel, shape = value_of(scale), value_of(weight).shape
-    if per_channel is None or per_channel.shape not in ((1, 1), (shape[0], 1)):
+    rounding, moves = _behind_moves(own.input)
+    if not isinstance(rounding, Node) or rounding.target is not ON_GRID or not _is_as_rounded(rounding, node):
         return
-    x, step, _, zero_point, _ = rounding.args
+    with graph.inserting_before(rounding):  # what it rounds may change later on
+        codes = graph.call_function(ROUND, (*rounding.args, ()))
     with graph.inserting_before(node):
         for move in reversed(moves):
-            x = _moved(move, x)
-        codes = graph.call_function(ROUND, (x, *rounding.args[1:], ()))
-        factor = graph.call_function(operator.mul, (graph.call_method("reshape", (scale, -1)), step))
-        factor = graph.call_method("expand", (factor, shape[0]))
-        shift = graph.call_function(operator.mul, (graph.call_function(SUMS, (integers,)), zero_point))
-        offset = graph.call_function(operator.mul, (shift, factor))
-        negative = graph.call_function(operator.neg, (offset,))
-        compensated = negative if bias is None else graph.call_function(operator.add, (negative, bias))
-        product = graph.call_function(LINEAR, (codes, integers, factor, compensated, "none"))
+            codes = _moved(move, codes)
+        product = own.multiplied(codes, rounding.args[1], rounding.args[3])
     product.meta["example_value"] = value_of(node)
     node.replace_all_uses_with(product)
-    for old in (node, *moves, rounding, weight):
+    for old in (node, *moves, rounding, *own.turns, own.weight):
         if not old.users:
             graph.erase_node(old)
 
 
-def _is_private_rounding(x: Any) -> bool:
-    """Whether ``x`` is a rounding whose values nobody can have changed since."""
-    if not isinstance(x, Node) or x.target is not ON_GRID:
-        return False
-    return len(x.users) == 1 or all(user.target is F.linear for user in x.users)
+def _is_as_rounded(rounding: Node, product: Node) -> bool:
+    """Whether nobody can have changed the values of a rounding before a product takes them."""
+    users = list(rounding.users)
+    return len(users) == 1 or all(is_spelled(user) or product < user for user in users)
 
 
 def _make_real(weight: Node) -> None:

@@ -51,6 +51,26 @@ def hashable(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
+def plain_product(graph: Graph, codes: Any, columns: Any, after: tuple[Any, Any], sizes: tuple[int, list[Any]]) -> Node:
+    """Torch's plain product, whose epilogue the compiler fuses with what follows.
+
+    Args:
+        graph: Where the nodes go.
+        codes: The input, ``[..., k]``.
+        columns: The weight, ``[k, n]``.
+        after: Factor and bias.
+        sizes: ``k``, and the shape of the result.
+    """
+    depth, shape = sizes
+    rows = graph.call_method("reshape", (codes, -1, depth))
+    one = all(size == 1 for size in shape[:-1])
+    # Compilers choose strides of axes of size 1, and torch reads some single rows in a wrong order.
+    product = graph.call_function(int_mm, (graph.call_method("repeat", (rows, 2, 1)) if one else rows, columns))
+    product = graph.call_method("narrow", (product, 0, 0, 1)) if one else product
+    y = graph.call_function(torch.addcmul, (after[1], product, after[0]))
+    return graph.call_method("view", (y, *shape))
+
+
 class Linear:
     """A linear layer of the program and what it has taken in."""
 
@@ -99,12 +119,9 @@ class Linear:
         return bool(self.few) and (self.activation is NO_ACTIVATION or not self.many)
 
     def _multiplied(self, shape: list[int]) -> Node:
-        """Torch's plain product, whose epilogue the compiler fuses with what follows."""
         codes, weight, factor, bias = self.operands
-        rows = self.graph.call_method("reshape", (codes, -1, value_of(weight).shape[1]))
-        product = self.graph.call_function(int_mm, (rows, self.graph.call_method("t", (weight,))))
-        y = self.graph.call_function(torch.addcmul, (bias, product, factor))
-        return self.graph.call_method("view", (y, *shape))
+        columns = self.graph.call_method("t", (weight,))
+        return plain_product(self.graph, codes, columns, (factor, bias), (value_of(weight).shape[1], shape))
 
 
 class Convolution:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fastforward_kernels.ops_chain import WEIGHT_OF_INTEGERS
+from fastforward_kernels.ops_chain import INTEGERS_OF, WEIGHT_OF_INTEGERS
 
 from fastforward.autoquant.sites import PARAMETER
 from fastforward.integer.deferred import Usage
@@ -66,14 +66,17 @@ class WeightRounding:
         return self.weight
 
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
-        """The same for a compiler, which multiplies the integers of a whole parameter (``compiled``)."""
+        """The same for a compiler, which multiplies the integers (``compiled``)."""
         if not isinstance(x, QuantizedTensor):
             return type(self.quantizer).simulate(self.quantizer, x)
-        if not isinstance(x, nn.Parameter) or x.dtype != torch.float32 or x.dim() != 2 or not fuses(x.device.type):
+        if x.dtype != torch.float32 or x.dim() != 2 or not fuses(x.device.type):
             return x
-        shapes = {(1, x.shape[1]): (-1, 1), (x.shape[0], 1): (1, -1), tuple(x.shape): (1, 1)}
-        shape = shapes.get(tuple(x.block_size))
-        return x if shape is None else WEIGHT_OF_INTEGERS(x.int_data, x.scale.reshape(shape))
+        if isinstance(x, nn.Parameter):
+            shapes = {(1, x.shape[1]): (-1, 1), (x.shape[0], 1): (1, -1), tuple(x.shape): (1, 1)}
+            if (shape := shapes.get(tuple(x.block_size))) is not None:
+                # Integers that are operands of the program stay the same tensor: what is packed of them is kept.
+                return WEIGHT_OF_INTEGERS(x.int_data, x.scale.reshape(shape))
+        return WEIGHT_OF_INTEGERS(*INTEGERS_OF(x))
 
     def layers(self) -> list[IntegerLinear]:
         """The products of this weight that have run."""

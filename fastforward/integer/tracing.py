@@ -46,7 +46,7 @@ def _inductor_pass(passes: list[Any]) -> Any:
     from fastforward_kernels import ops_chain
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-    from fastforward.integer import compiled, compiled_products, compiled_sums
+    from fastforward.integer import compiled, compiled_own, compiled_products, compiled_sums
 
     class FuseIntegerLayers(CustomGraphPass):
         """Lets integer layers hand codes to each other."""
@@ -62,7 +62,7 @@ def _inductor_pass(passes: list[Any]) -> Any:
             others = [getattr(other, "uuid", lambda: None)() for other in passes]
             if any(other is None for other in others):
                 return None  # a pass that cannot say what it does: compiled programs are not kept
-            files = (m.__file__ for m in (compiled, compiled_products, compiled_sums, ops_chain))
+            files = (m.__file__ for m in (compiled, compiled_own, compiled_products, compiled_sums, ops_chain))
             return get_hash_for_files(tuple(files), str(others))
 
     return FuseIntegerLayers()

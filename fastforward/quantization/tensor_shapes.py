@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fastforward_kernels.ops_chain import INTEGERS_OF
 from torch import Tensor
 
 from fastforward.exceptions import QuantizationError
@@ -34,6 +35,19 @@ def rebuilt(
 @implements_operator(aten.detach.default, aten.alias.default, aten.clone.default)
 def _same(func: Any, x: QuantizedTensor, **kwargs: Any) -> QuantizedTensor:
     return x.with_parts(lambda part: func(part, **(kwargs if part.dim() == x.dim() else {})))
+
+
+@implements_operator(INTEGERS_OF)
+def _integers_of(func: Any, x: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    del func
+    if x.zero_point is not None:
+        msg = "a QuantizedTensor with zero points is more than integers and a scale: dequantize() it first"
+        raise QuantizationError(msg)
+    scale = x.parameter_view(x.scale)
+    if any(count not in (1, size) for count, size in zip(scale.shape, x.shape, strict=True)):
+        within = [size // count for size, count in zip(x.shape, scale.shape, strict=True)]
+        scale = scale.repeat_interleave(within[0], 0).repeat_interleave(within[1], 1)
+    return x.int_data, scale
 
 
 @implements_operator(aten._to_copy.default)

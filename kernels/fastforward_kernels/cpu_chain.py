@@ -48,9 +48,10 @@ def linear_to_codes(
     return y.view(*codes.shape[:-1], weight.shape[0])
 
 
-def channel_sums(weight: Tensor) -> Tensor:
+def channel_sums(weight: Tensor, axis: int = 1) -> Tensor:
     """See :func:`reference_matmul.channel_sums`; computed once for a weight."""
-    return PACKS.get(weight, "sums", lambda: reference.channel_sums(weight)).clone()  # type: ignore[no-any-return]
+    sums: Tensor = PACKS.get(weight, ("sums", axis), lambda: reference.channel_sums(weight, axis))
+    return sums.clone()
 
 
 def channels_inside(codes: Tensor, padding: Sequence[int], value: int) -> Tensor:

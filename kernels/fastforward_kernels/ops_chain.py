@@ -58,11 +58,17 @@ WEIGHT_OF_INTEGERS: Callable[..., Tensor] = define(
     fake=lambda integers, scale: torch.empty_like(integers, dtype=scale.dtype),
 )
 """The floats of a weight: what a module's own code multiplies by says to the compiler which integers they stand for."""
+INTEGERS_OF: Callable[..., tuple[Tensor, Tensor]] = define(
+    "integers_of(Tensor weight) -> (Tensor, Tensor)",
+    reference=reference.integers_of,
+    fake=lambda weight: (torch.empty_like(weight, dtype=torch.int8), weight.new_empty(1, 1)),
+)
+"""What a tensor of integers is made of: a compiler cannot read the attributes of one that the program computes."""
 CHANNEL_SUMS: Callable[..., Tensor] = define(
-    "channel_sums(Tensor weight) -> Tensor",
+    "channel_sums(Tensor weight, int axis=1) -> Tensor",
     reference=reference.channel_sums,
     cpu=cpu_chain.channel_sums,
-    fake=lambda weight: weight.new_empty(weight.shape[:1], dtype=torch.int32),
+    fake=lambda weight, axis=1: weight.new_empty(weight.shape[1 - axis], dtype=torch.int32),
 )
 CHANNELS_INSIDE: Callable[..., Tensor] = define(
     "channels_inside(Tensor codes, int[] padding, int value) -> Tensor",

@@ -148,9 +148,14 @@ def weight_of_integers(integers: Tensor, scale: Tensor) -> Tensor:
     return integers * scale
 
 
-def channel_sums(weight: Tensor) -> Tensor:
-    """int32 ``[n]``: the sums of the rows of int8 ``[n, k]``."""
-    return weight.sum(1, dtype=torch.int32)
+def integers_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 ``[n, k]`` and the float32 scale that broadcasts against it: of a plain tensor of whole numbers, 1."""
+    return weight.to(torch.int8), weight.new_ones(1, 1)
+
+
+def channel_sums(weight: Tensor, axis: int = 1) -> Tensor:
+    """int32 ``[n]``: the sums of int8 ``[n, k]``, or ``[k, n]``, over ``axis``, that of ``k``."""
+    return weight.sum(axis, dtype=torch.int32)
 
 
 def attention_of_integers(

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from calibrated import close, outputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +22,7 @@ from fastforward.quantization.tensor import QuantizedTensor
 nn = torch.nn
 F = torch.nn.functional
 WIDTH = 32
+needs_onednn = pytest.mark.skipif(not onednn.has_onednn(), reason="products are fused where oneDNN multiplies integers")
 
 
 class Own(nn.Module):
@@ -348,44 +351,99 @@ COMPILED = {
     "biased": 1,
     "bias_put_together": 1,
     "layers_weight": 1,
-    "loop": 6,
+    "operator": 1,
+    "transposed": 1,
+    "mm": 1,
+    "addmm": 1,
+    "halves": 2,
     "rolled": 1,
+    "loop": 6,
     "attention, self": 2,
     "attention, sequence first": 2,
     "attention, behind a layer": 3,
+    "attention, encoder and decoder": 3,
+    "attention, three inputs": 4,
     "attention, widths of their own": 4,
-    "halves": 0,
-    "operator": 0,
 }
-"""Models, and their products by whole parameters, which compiled programs multiply in integers."""
+"""Models, and their products, which compiled programs multiply in integers."""
 
 
+@needs_onednn
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("name", COMPILED)
-def test_a_compiler_multiplies_the_integers_of_whole_parameters(
-    monkeypatch: pytest.MonkeyPatch, name: str, few: bool
-) -> None:
-    if not onednn.has_onednn():
-        pytest.skip("products are fused where oneDNN multiplies integers")
+def test_a_compiler_multiplies_the_integers(monkeypatch: pytest.MonkeyPatch, name: str, few: bool) -> None:
     monkeypatch.setattr(onednn, "FEW_ROWS", onednn.FEW_ROWS if few else 0)
     model, x = _simulated(name)
     ff.convert(model)
     expected = outputs(model, x, runs=3)
-    found: list[str] = []
+    found, actual = _compiled(model, x)
+    assert close(expected, actual)
+    assert sum(found[name] for name in ("int_mm", "linear_to_floats", "linear_to_codes")) == COMPILED[name]
+    assert not {"weight_of_integers", "linear", "matmul", "mm", "addmm"} & set(found)
+
+
+def _compiled(model: nn.Module, x: torch.Tensor, **options: Any) -> tuple[Counter[str], torch.Tensor]:
+    """The operators of the compiled program after the pass, by name, and its output."""
+    found: Counter[str] = Counter()
 
     def backend(program: torch.fx.GraphModule, _: Any) -> Any:
         compiled.fuse(program.graph)
         program.graph.lint()
         program.recompile()
-        found.extend(getattr(node.target, "__name__", "").partition(".")[0] for node in program.graph.nodes)
+        found.update(
+            getattr(node.target, "__name__", str(node.target)).partition(".")[0] for node in program.graph.nodes
+        )
         return program
 
     torch._dynamo.reset()
-    assert close(expected, outputs(torch.compile(model, fullgraph=True, backend=backend), x))
-    products = sum(found.count(name) for name in ("int_mm", "linear_to_floats", "linear_to_codes"))
-    assert products == COMPILED[name]
-    assert "weight_of_integers" not in found
-    assert not COMPILED[name] or "linear" not in found
+    return found, outputs(torch.compile(model, fullgraph=True, backend=backend, **options), x)
+
+
+def _scaled(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(self.b, x.flatten(0, 1), self.v, alpha=2)
+
+
+def _bias_of_rows(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(torch.ones(18, 1), x.flatten(0, 1), self.v)
+
+
+@needs_onednn
+@pytest.mark.parametrize("function", [_scaled, _bias_of_rows])
+def test_a_compiler_leaves_products_that_no_layer_computes(function: Any) -> None:
+    torch.manual_seed(1)
+    model, x = Own(function).eval(), torch.randn(3, 6, WIDTH)
+    ff.quantize(model, [x], progress=False)
+    ff.convert(model)
+    expected = outputs(model, x, runs=3)
+    found, actual = _compiled(model, x)
+    assert close(expected, actual)
+    assert found["addmm"] == 1
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["operator", "halves", "attention, three inputs"])
+def test_a_compiler_knows_no_sizes(name: str) -> None:
+    model, x = _simulated(name)
+    ff.convert(model)
+    expected = outputs(model, x, runs=3)
+    found, actual = _compiled(model, x, dynamic=True)
+    assert close(expected, actual)
+    assert found["int_mm"] >= COMPILED[name] - 1
+
+
+@pytest.mark.slow
+@needs_onednn
+@pytest.mark.parametrize(
+    ("name", "rows"), [("operator", (1, 1)), ("halves", (1, 1)), ("addmm", (3, 6)), ("attention, three inputs", (3, 6))]
+)
+def test_inductor_runs_them(name: str, rows: tuple[int, int]) -> None:
+    model, x = _simulated(name)
+    ff.convert(model)
+    example = x[: rows[0], : rows[1]]
+    expected = outputs(model, example, runs=3)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert close(expected, outputs(torch.compile(model, fullgraph=True, dynamic=False), example))
 
 
 def test_a_default_device_does_not_lead_past_the_quantizers() -> None:

@@ -88,7 +88,8 @@ def calls():
             (U, W, torch.rand(6), torch.rand(6), "gelu", torch.rand(6), *STEPS, 63),
         ],
         "weight_of_integers": [(W, torch.rand(6, 1)), (W, torch.rand(1, 1))],
-        "channel_sums": [(W,)],
+        "integers_of": [(W.float(),)],
+        "channel_sums": [(W,), (W, 0)],
         "channels_inside": [(IMAGE, [0, 0], 0), (IMAGE, [1, 2], 7)],
         "adds_codes": [(IMAGE.float(), KERNEL)],
         "convolution_plus_codes": [
