@@ -85,11 +85,12 @@ class Linear:
         # Compilers choose strides of axes of size 1, and torch's plain product reads some single rows in a wrong order.
         self.few = shape if 1 < rows <= onednn.FEW_ROWS else None
         self.many = static and math.prod(shape) >= _MANY_RESULTS  # type: ignore[arg-type]
+        self.generated = static and rows > 1 and is_tuned(node.args[1])
 
     def take(self, user: Node) -> bool:
         """Take in the operator ``user`` of the result so far, if the kernel can."""
         activation = activation_of(user)
-        if self.activation is not NO_ACTIVATION or activation not in _LINEAR_ACTIVATIONS:
+        if self.generated or self.activation is not NO_ACTIVATION or activation not in _LINEAR_ACTIVATIONS:
             return False
         if self.few and activation is epilogues.RELU:
             return False
@@ -98,7 +99,7 @@ class Linear:
 
     def codes(self, smoothing: Node | None, grid: tuple[Any, ...]) -> Node | None:
         """The result as codes on a grid, ``None`` if the compiler does better."""
-        if self.few and (self._is_plain() or smoothing is not None):
+        if self.generated or (self.few and (self._is_plain() or smoothing is not None)):
             return None
         arguments = (*self.operands, _LINEAR_ACTIVATIONS[self.activation], smoothing, *grid[:4])
         return self.graph.call_function(LINEAR_TO_CODES, arguments)
@@ -108,11 +109,23 @@ class Linear:
         plain = self._is_plain()
         replaced = node if plain else last
         with self.graph.inserting_before(replaced.next):
-            if self.few and plain:
+            if self.generated:
+                replaced.replace_all_uses_with(self._generated())
+            elif self.few and plain:
                 replaced.replace_all_uses_with(self._multiplied(self.few))
             elif self.activation is not NO_ACTIVATION:
                 name = _LINEAR_ACTIVATIONS[self.activation]
                 replaced.replace_all_uses_with(self.graph.call_function(LINEAR, (*self.operands, name)))
+
+    def _generated(self) -> Node:
+        """The product of oneDNN, in place of which the compiler may put a kernel that computes what follows too."""
+        codes, weight, factor, bias = self.operands
+        call, operators = self.graph.call_function, torch.ops.onednn
+        packed = call(operators.qlinear_prepack.default, (weight, None))
+        # Of what depends on constants alone the compiler makes constants, but not of `torch.zeros`.
+        zeros = self.graph.call_method("to", (call(torch.sub, (factor, factor)), torch.int64))
+        floats: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
+        return call(operators.qlinear_pointwise.default, (codes, 1.0, 0, packed, factor, zeros, bias, *floats))
 
     def _is_plain(self) -> bool:
         """Whether torch's plain product and what the compiler makes of the rest take less than our operator."""
@@ -122,6 +135,15 @@ class Linear:
         codes, weight, factor, bias = self.operands
         columns = self.graph.call_method("t", (weight,))
         return plain_product(self.graph, codes, columns, (factor, bias), (value_of(weight).shape[1], shape))
+
+
+def is_tuned(weight: Any) -> bool:
+    """Whether Inductor takes a weight for a constant, and tries kernels of its own making for products with it."""
+    from torch._inductor import config
+
+    tunes = config.max_autotune or config.max_autotune_gemm
+    frozen = config.freezing and not torch.is_grad_enabled()  # Dynamo puts what it freezes into the program
+    return bool(tunes and frozen and isinstance(weight, Node) and weight.op == "get_attr")
 
 
 class Convolution:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._inductor.config
 from calibrated import Net, activation_quantizer, outputs, simulated
+from torch._inductor.utils import run_and_get_code
 
 import fastforward as ff
 from fastforward.integer import compiled, compiled_products, onednn
@@ -120,6 +121,31 @@ def test_one_row_behind_a_view_is_read_in_the_right_order(forward: Any) -> None:
     model = integer(example, forward, a=nn.Linear(64, 64))
     torch._dynamo.reset()
     assert near(model, example, outputs(torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False), example))
+
+
+@pytest.mark.parametrize(("tuned", "frozen"), [(True, True), (True, False), (False, True)])
+def test_products_with_frozen_weights_are_left_to_tuning(tuned: bool, frozen: bool) -> None:
+    example = torch.randn(MANY, 16)
+    model = integer(example, lambda self, x: self.b(F.gelu(self.a(x))), a=nn.Linear(16, 48), b=nn.Linear(48, 8))
+    with torch._inductor.config.patch(freezing=frozen, max_autotune=tuned):
+        found, actual = fused(model, example)
+    assert found["qlinear_pointwise"] == 2 * (tuned and frozen)
+    assert found["linear_to_codes"] == 1 - (tuned and frozen)
+    assert near(model, example, actual)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="Inductor generates no products of integers here")
+def test_tuned_products_take_in_what_follows() -> None:
+    example = torch.randn(MANY, 64)
+    model = integer(example, lambda self, x: self.b(F.gelu(self.a(x))), a=nn.Linear(64, 96), b=nn.Linear(96, 32))
+    torch._dynamo.reset()
+    tuned = {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+    with torch._inductor.config.patch(force_disable_caches=True, freezing=True), torch.no_grad():
+        program = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, options=tuned)
+        actual, code = run_and_get_code(program, example)
+    assert near(model, example, actual)
+    assert "qlinear_pointwise.default(" not in code[0] and "linear_to" not in code[0]
 
 
 @pytest.mark.parametrize("few", [1 << 20, 0])
