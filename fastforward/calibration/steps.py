@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastforward.calibration import batch_norm, bias_correction, weight_rounding
+from fastforward.calibration.error_feedback import LastFeedback
 from fastforward.calibration.flow import Flow
 from fastforward.calibration.linear_inputs import LinearInputs, linear_inputs
 from fastforward.calibration.samples import SampledCall, Samples
@@ -77,16 +78,17 @@ def smooth_linears(model: torch.nn.Module, flow: Flow, samples: Samples, undo: U
 def refine_linears(model: torch.nn.Module, flow: Flow, samples: Samples, steps: Iterable[str], undo: Undo) -> None:
     """Round weights and correct biases of linear layers, as far as ``steps`` says."""
     steps = frozenset(steps)
-    shared = shared_parameters(model)
+    shared, last = shared_parameters(model), LastFeedback()
     for inputs in linear_inputs(model, flow, samples):
         corrected = "correct_bias" in steps and _owns_bias(inputs.layer, shared)
         rounded = "round_weights" in steps and id(inputs.layer.weight) not in shared
         undo.keep_values(inputs.layer)
         with torch.no_grad():
-            exact = inputs.exact()
+            exact = inputs.exact() if corrected else None
             if rounded and weight_rounding.can_round(inputs):
-                inputs.layer.weight.copy_(weight_rounding.round_weight(inputs, mean_absorbed=corrected))
-            if corrected:
+                weight = weight_rounding.round_weight(inputs, mean_absorbed=corrected, last=last)
+                inputs.layer.weight.copy_(weight)
+            if exact is not None:
                 _add_to_bias(inputs.layer, bias_correction.linear_shift(inputs, exact))
 
 

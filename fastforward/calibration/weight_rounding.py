@@ -8,22 +8,25 @@ Every output channel is judged first, by a rounding made without some of the row
 better than rounding to nearest, the channel is rounded to nearest.
 """
 
+import functools
 import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastforward.calibration.error_feedback import Feedback, LastFeedback
 from fastforward.calibration.linear_inputs import LinearInputs
 from fastforward.exceptions import CalibrationError, QuantizationWarning
 from fastforward.nn.linear_quantizer import LinearQuantizer
-from fastforward.quantization.granularity import PerChannel, PerGroup, blocked
+from fastforward.quantization.granularity import PerChannel, PerGroup
 
 DAMPING = 0.2
 """Added to the diagonal of the inputs' covariance, relative to its mean: with a few thousand rows less overfits."""
-_LARGEST_DAMPING = 1e6
 _HELD_OUT = 4
 """One row in so many is kept for judging."""
-_BLOCK = 64
+_TOGETHER = 8
+"""Lines whose errors are passed on one by one."""
 
 
 def can_round(inputs: LinearInputs) -> bool:
@@ -33,7 +36,9 @@ def can_round(inputs: LinearInputs) -> bool:
     return known and quantizer.is_calibrated and inputs.rows.shape[0] >= 2 * _HELD_OUT
 
 
-def round_weight(inputs: LinearInputs, damping: float = DAMPING, *, mean_absorbed: bool = False) -> Tensor:
+def round_weight(
+    inputs: LinearInputs, damping: float = DAMPING, *, mean_absorbed: bool = False, last: LastFeedback | None = None
+) -> Tensor:
     """Return a weight for the layer that lies on its quantizer's grid (times ``1 / smoothing``): same shape and dtype.
 
     Warns with QuantizationWarning, and rounds to nearest, where the sampled inputs allow no error feedback.
@@ -42,6 +47,7 @@ def round_weight(inputs: LinearInputs, damping: float = DAMPING, *, mean_absorbe
         inputs: The layer and its sample.
         damping: See ``DAMPING``.
         mean_absorbed: A bias will take up the mean of the output's error.
+        last: Remembers what the inputs say, for the next layer that reads the same.
 
     Raises:
         CalibrationError: The inputs are not finite.
@@ -52,89 +58,94 @@ def round_weight(inputs: LinearInputs, damping: float = DAMPING, *, mean_absorbe
         raise CalibrationError(msg)
     rounded: Tensor = layer.weight_quantizer(weight)
     held_out = rows.shape[0] // _HELD_OUT
-    trial, final = (
-        rounded_on_grid(weight, seen, layer.weight_quantizer, damping, centred=mean_absorbed)
-        for seen in (rows[held_out:], rows)
-    )
-    if trial is None or final is None:
+    known = (last or LastFeedback()).get(rows, held_out, damping, centred=mean_absorbed)
+    if known is None:
         msg = f"the weight of {inputs.path} is rounded to nearest: its sampled inputs allow no error feedback"
         warnings.warn(msg, QuantizationWarning, stacklevel=2)
     else:
-        exact = inputs.exact()
-        costs = [_held_out_error(exact, rows, candidate, held_out, mean_absorbed) for candidate in (trial, rounded)]
-        rounded = torch.where((costs[0] < costs[1])[:, None], final, rounded)
+        without, of_all = known
+        trial = rounded_on_grid(weight, without, layer.weight_quantizer)
+        better = _better(trial, rounded, inputs, rows, held_out, mean_absorbed)
+        del trial
+        final = rounded_on_grid(weight, of_all, layer.weight_quantizer)
+        rounded = torch.where(better[:, None], final, rounded)
     smoothing = layer.smoothing
     return (rounded if smoothing is None else rounded / smoothing).to(layer.weight.dtype)
 
 
-def _held_out_error(exact: Tensor, rows: Tensor, weight: Tensor, count: int, mean_absorbed: bool) -> Tensor:
-    """Squared error of each output channel on the first ``count`` rows, ``[out]``; the bias is made from the others."""
-    error = (rows @ weight.t()).sub_(exact)
-    absorbed = error[count:].mean(0) if mean_absorbed else 0.0
-    return (error[:count] - absorbed).square_().sum(0)
+def _better(
+    trial: Tensor, rounded: Tensor, inputs: LinearInputs, rows: Tensor, held_out: int, mean_absorbed: bool
+) -> Tensor:
+    """Of which output channels ``trial`` makes a smaller error on the held-out rows, ``[out]``."""
+    given, quantized = (_away(part, held_out) if mean_absorbed else part[:held_out] for part in (inputs.rows, rows))
+    exact = given.float() @ inputs.layer.weight.detach().float().t()
+    errors = [(quantized @ weight.t()).sub_(exact).square_().sum(0) for weight in (trial, rounded)]
+    return errors[0] < errors[1]
 
 
-def rounded_on_grid(
-    weight: Tensor, rows: Tensor, quantizer: object, damping: float = DAMPING, *, centred: bool = False
-) -> Tensor | None:
-    """Error feedback along the input features, those of largest variance first.
+def _away(rows: Tensor, count: int) -> Tensor:
+    """The first ``count`` rows, less the mean of the others: a bias takes up the mean of the error that those show."""
+    return rows[:count].float() - rows[count:].mean(0, dtype=torch.float32)
+
+
+def rounded_on_grid(weight: Tensor, known: Feedback, quantizer: object) -> Tensor:
+    """Error feedback along the input features.
 
     Args:
         weight: ``[out, in]``, float32.
-        rows: Inputs that the weight will multiply, ``[rows, in]``.
+        known: What the inputs say.
         quantizer: The calibrated quantizer of the weight.
-        damping: See ``DAMPING``.
-        centred: Whether the rows' mean does not matter.
-
-    Returns:
-        ``None`` if the rows say nothing about how errors add up.
     """
     assert isinstance(quantizer, LinearQuantizer)
-    feedback = _feedback(rows - rows.mean(0) if centred else rows, damping)
-    if feedback is None:
-        return None
-    order, upper = feedback
-    scale, zero_point = (_per_element(p, weight, quantizer) for p in (quantizer.scale, quantizer.rounded_zero_point()))
+    rounding = _rounding_of_lines(quantizer, weight.shape, known.order)
     # One input feature a line, so that each step reads consecutive memory.
-    work, scale, zero_point = (part.t()[order].contiguous() for part in (weight, scale, zero_point))
-    rounded = torch.empty_like(work)
-    for start in range(0, len(work), _BLOCK):
-        end = min(start + _BLOCK, len(work))
-        errors = torch.empty_like(work[start:end])
-        for line in range(start, end):
-            rounded[line] = quantizer.grid.round(work[line], scale[line], zero_point[line])
-            errors[line - start] = (work[line] - rounded[line]) / upper[line, line]
-            work[line + 1 : end].addr_(upper[line, line + 1 : end], errors[line - start], alpha=-1)
-        work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
-    return rounded[order.argsort()].t().contiguous()
+    lines = weight.t()[known.order]
+    start, caused = 0, None
+    for block in known.blocks:
+        end = start + len(block.within)
+        errors = lines[start:end].clone()  # of lines not rounded yet: the values that they should have
+        if block.carried is not None and caused is not None:
+            errors.addmm_(block.carried.t(), caused)
+        _round_lines(lines[start:end].unbind(), errors, block.within, rounding[start:end])
+        if block.inputs is not None:
+            caused = block.inputs @ errors if caused is None else caused.addmm_(block.inputs, errors)
+        start = end
+    return lines[known.order.argsort()].t().contiguous()
 
 
-def _per_element(parameter: Tensor, weight: Tensor, quantizer: LinearQuantizer) -> Tensor:
-    granularity = quantizer.granularity
-    blocks = blocked(weight, granularity.block_size(weight.shape))
-    return granularity.spread(parameter.detach(), weight.shape).expand_as(blocks).reshape(weight.shape)
+def _round_lines(
+    lines: Sequence[Tensor], errors: Tensor, within: Tensor, rounding: Sequence[Callable[[Tensor], Tensor]]
+) -> None:
+    """Replace ``lines`` by what they are rounded to, and ``errors``, the values they should have, by what that costs.
 
-
-def _feedback(rows: Tensor, damping: float) -> tuple[Tensor, Tensor] | None:
-    """The order of the features, and the upper Cholesky factor of the inverse of their damped second moments.
-
-    The damping grows until the factorization succeeds; ``None`` if it never does, or if the rows are all zero.
+    By halves, so that nearly all that errors do to later values is done by large products.
     """
-    rows = rows.double()  # the spread of real features is wider than the square root of float32's precision
-    moments = rows.t() @ rows
-    average = moments.diagonal().mean()
-    if not bool(average > 0):
-        return None
-    moments /= average
-    order = moments.diagonal().argsort(descending=True)
-    moments = moments[order][:, order]
-    while damping <= _LARGEST_DAMPING:
-        damped = moments + damping * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-        # M M^T with M upper triangular, from the factors of the matrix read backwards; then the inverse is U^T U.
-        lower, failure = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failure):
-            unit = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
-            return order, upper.to(torch.float32)
-        damping = max(10 * damping, 1e-6)
-    return None
+    if len(lines) > _TOGETHER:
+        half = len(lines) // 2
+        _round_lines(lines[:half], errors[:half], within[:half, :half], rounding[:half])
+        errors[half:].addmm_(within[:half, half:].t(), errors[:half])
+        _round_lines(lines[half:], errors[half:], within[half:, half:], rounding[half:])
+        return
+    for number, (line, error, round_line) in enumerate(zip(lines, errors.unbind(), rounding, strict=True), start=1):
+        rounded = round_line(error)
+        torch.sub(line, rounded, out=error)
+        line.copy_(rounded)
+        if number < len(lines):
+            errors[number:].addr_(within[number - 1, number:], error)
+
+
+def _rounding_of_lines(
+    quantizer: LinearQuantizer, shape: torch.Size, order: Tensor
+) -> list[Callable[[Tensor], Tensor]]:
+    """How the input features ``order`` of a weight of ``shape`` are rounded, ``[out]`` each."""
+    spread = (
+        quantizer.granularity.spread(parameter.detach(), shape)
+        for parameter in (quantizer.scale, quantizer.rounded_zero_point())
+    )
+    groups = [parameter.reshape(parameter.shape[0], -1).t().contiguous().unbind() for parameter in spread]
+    size = shape[1] // len(groups[0])
+    ways = [
+        functools.partial(quantizer.grid.round, scale=scale, zero_point=zero_point)
+        for scale, zero_point in zip(*groups, strict=True)
+    ]
+    return [ways[group] for group in (order // size).tolist()]
