@@ -17,6 +17,8 @@ from fastforward.exceptions import CalibrationError
 
 MIN_EXPONENT = -126
 """Smallest exponent of a bin's width: the multiplication by its inverse stays exact in float32."""
+_AT_ONCE = 1 << 17
+"""Elements: temporaries then stay in the cache; those of a whole activation would be fresh memory each time."""
 
 
 class HistogramObserver(BlockObserver):
@@ -146,7 +148,7 @@ class Histogram(HistogramObserver):
     def _divergence(self, low: Tensor, high: Tensor) -> Tensor:
         scale, zero_point = self.grid.parameters_for_range(low, high)
         rounded = self.grid.round(self.centers(), scale[:, None], zero_point[:, None])
-        return divergence(self.counts.to(torch.float64), rounded)
+        return divergence(self.counts.to(torch.float64).expand(rounded.shape), rounded)
 
 
 class Percentile(HistogramObserver):
@@ -197,14 +199,25 @@ def exponent_for(largest: float, bins: int) -> int:
 
 def histogram(rows: Tensor, bins: int, exponent: int) -> Tensor:
     """Count ``rows`` (float32 ``[blocks, n]``) into bins of width ``2 ** exponent``: int64 ``[blocks, bins]``."""
-    scaled = torch.ldexp(rows, torch.tensor(-exponent, device=rows.device))
-    index = torch.floor(scaled).to(torch.int64)
-    index -= ((rows < 0) & (scaled == 0)).to(torch.int64)  # too small for the scaled value, and yet below zero
-    index.add_(bins // 2).clamp_(0, bins - 1)
-    blocks = rows.shape[0]
-    if blocks > 1:
-        index += torch.arange(blocks, device=rows.device)[:, None] * bins
-    return torch.bincount(index.flatten(), minlength=blocks * bins).reshape(blocks, bins)
+    blocks, elements = rows.shape
+    counts = torch.zeros(blocks, bins, dtype=torch.int64, device=rows.device)
+    at_once = max(_AT_ONCE // max(elements, 1), 1)
+    for part, into in zip(rows.split(at_once), counts.split(at_once), strict=True):
+        first = torch.arange(len(part), device=rows.device, dtype=torch.int32)[:, None] * bins
+        for piece in part.split(_AT_ONCE, 1):
+            index = _bin_of(piece, bins, exponent).add_(first).flatten()
+            into += torch.bincount(index, minlength=into.numel()).reshape(into.shape)
+    return counts
+
+
+def _bin_of(x: Tensor, bins: int, exponent: int) -> Tensor:
+    """The bin of each element, int32."""
+    scaled = x * math.ldexp(1.0, -exponent)  # exact, except that a small value may become zero in wide bins
+    vanished = (x < 0) & (scaled == 0) if exponent > 0 else None
+    index = scaled.floor_().to(torch.int32)
+    if vanished is not None:
+        index -= vanished.to(torch.int32)  # too small for the scaled value, and yet below zero
+    return index.add_(bins // 2).clamp_(0, bins - 1)
 
 
 def joined(counts: Tensor, parameter_shape: tuple[int, ...]) -> Tensor:

@@ -304,6 +304,34 @@ def test_entropy_clips_outliers_and_keeps_what_is_even():
     assert even.compute_range()[1] > 0.95
 
 
+@pytest.mark.parametrize(
+    ("shape", "exponent"),
+    [((1, 300_001), -9), ((1, 300_001), 3), ((5, 140_000), -6), ((700, 333), -6), ((3, 0), 0)],
+    ids=str,
+)
+def test_every_value_is_counted_once_in_its_bin_however_many_are_looked_at_at_once(shape, exponent):
+    x, bins = randn(*shape) * 4, 64
+    x[:, :2] = torch.tensor([-1e-45, 0.0])[: x.shape[1]]
+    index = torch.floor(x.double() / 2.0**exponent).clamp(-bins // 2, bins // 2 - 1).long() + bins // 2
+    expected = torch.stack([torch.bincount(row, minlength=bins) for row in index])
+    assert torch.equal(histogram(x, bins, exponent), expected)
+
+
+@pytest.mark.parametrize("method", ["mse", "kl"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_block_alone_gets_the_range_that_it_gets_beside_others(method, symmetric):
+    x, grid = randn(3, 5000) ** 3, AffineGrid(0, 15, symmetric=symmetric)
+    together = obs.Histogram(method, bins=512).bind(PerChannel(0), grid, "x")
+    together(x)
+    for number, row in enumerate(x):
+        alone = obs.Histogram(method, bins=512).bind(PerTensor(), grid, "x")
+        alone(row)
+        alone._widen(int(together.exponent))
+        alone._take_extremes(together.extremes)
+        found = zip(alone.calculate_qparams(), together.calculate_qparams(), strict=True)
+        assert all(torch.equal(own, both[number]) for own, both in found)
+
+
 def test_bad_histogram_arguments():
     with pytest.raises(ValueError, match="method"):
         obs.Histogram("l2")
