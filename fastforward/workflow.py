@@ -125,16 +125,18 @@ class _Calibration:
     def run(self) -> Flow:
         """All steps from the recorded run to the last correction; returns that run."""
         flow, samples = self._record()
-        if "fold_batch_norm" in self.scheme.steps and calibration_steps.fold_batch_norms(self.model, flow, self.undo):
-            flow, samples = self._record()
+        if "fold_batch_norm" in self.scheme.steps:
+            samples_hold = calibration_steps.fold_batch_norms(self.model, flow, samples, self.undo)
+            if not samples_hold:
+                flow, samples = self._record()
         self._place(flow)
         if self._settle():
             flow, samples = self._record()
         smoothing: dict[str, Tensor] = {}
         if "smooth" in self.scheme.steps:
             self._keep_smoothing()
-            smoothing, folded = calibration_steps.smooth_linears(self.model, flow, samples, self.undo)
-            if folded:
+            smoothing, samples_hold = calibration_steps.smooth_linears(self.model, flow, samples, self.undo)
+            if not samples_hold:
                 flow, samples = self._record()
         self._observe(flow, samples, smoothing)
         share_unreached(self.model, lambda path: flow.reached.isdisjoint(path))

@@ -6,7 +6,7 @@ linear layer a sample of rows, for others the first entries of the batch.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +86,25 @@ class Samples:
             )
             self._elements[site.number] = self._elements.get(site.number, 0) + taken
 
+    # ------------------------------------------------------------------ following a changed model
+    def refer_to(self, site: Site, weight: Tensor) -> bool:
+        """Whether the calls hold ``weight`` itself, and with it what has been changed in place since."""
+        memory = weight.untyped_storage().data_ptr()
+        held = (call.arguments["weight"] for call in self.calls.get(site.number, ()))
+        return all(isinstance(value, Tensor) and value.untyped_storage().data_ptr() == memory for value in held)
+
+    def replace(self, site: Site, **arguments: Any) -> None:
+        """Give other values to some arguments of all calls of a site."""
+        calls = self.calls.get(site.number, [])
+        calls[:] = [SampledCall(call.operator, {**call.arguments, **arguments}) for call in calls]
+
+    def divide_inputs(self, sites: Iterable[Site], divisor: Tensor) -> None:
+        """Divide the inputs of linear layers, which may share them, once."""
+        inputs = (call.arguments["input"] for site in sites for call in self.calls.get(site.number, ()))
+        for rows in {rows.data_ptr(): rows for rows in inputs}.values():
+            rows.div_(divisor)
+
+    # ------------------------------------------------------------------ taking a part
     def _linear_rows(self, site: Site, arguments: dict[str, Any], traces: Mapping[str, Trace]) -> dict[str, Any] | None:
         x = arguments["input"]
         taken = sum(int(call.arguments["input"].shape[0]) for call in self.calls.get(site.number, ()))

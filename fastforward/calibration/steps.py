@@ -23,9 +23,10 @@ from fastforward.calibration.error_feedback import LastFeedback
 from fastforward.calibration.flow import Flow
 from fastforward.calibration.linear_inputs import LinearInputs, linear_inputs
 from fastforward.calibration.samples import SampledCall, Samples
-from fastforward.calibration.smoothing import smooth, smoothing_groups
+from fastforward.calibration.smoothing import SmoothingGroup, smooth, smoothing_groups
 from fastforward.calibration.smoothing_fold import fold_into, producer
 from fastforward.calibration.undo import Undo
+from fastforward.nn.rewritten import RewrittenModule
 
 STEPS = ("fold_batch_norm", "smooth", "round_weights", "correct_bias")
 
@@ -38,26 +39,42 @@ def require_known(steps: Iterable[str]) -> None:
         raise ValueError(msg)
 
 
-def fold_batch_norms(model: torch.nn.Module, flow: Flow, undo: Undo) -> int:
-    """Fold every batch norm that can be; return how many."""
+def fold_batch_norms(model: torch.nn.Module, flow: Flow, samples: Samples, undo: Undo) -> bool:
+    """Fold every batch norm that can be.
+
+    Returns:
+        Whether ``samples`` still hold: they follow the change where they can.
+    """
     modules = dict(model.named_modules())
-    pairs = list(batch_norm.foldable(model, flow))
-    for pair in pairs:
-        undo.keep_values(modules[pair.layer])
-        undo.keep_values(modules[pair.norm])
-        batch_norm.fold(modules[pair.layer], modules[pair.norm])
-    return len(pairs)
+    sites = {site.module: site for site in flow.sites}
+    hold = True
+    for pair in list(batch_norm.foldable(model, flow)):
+        layer, norm = modules[pair.layer], modules[pair.norm]
+        undo.keep_values(layer)
+        undo.keep_values(norm)
+        without_bias = layer.bias is None
+        batch_norm.fold(layer, norm)
+        if without_bias:
+            samples.replace(sites[pair.layer], bias=layer.bias)
+            hold = hold and not isinstance(layer, RewrittenModule)  # what such code does with a bias shows in a run
+        hold = hold and samples.refer_to(sites[pair.layer], _weight(layer))
+    return hold
 
 
-def smooth_linears(model: torch.nn.Module, flow: Flow, samples: Samples, undo: Undo) -> tuple[dict[str, Tensor], int]:
+def _weight(layer: torch.nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def smooth_linears(model: torch.nn.Module, flow: Flow, samples: Samples, undo: Undo) -> tuple[dict[str, Tensor], bool]:
     """Search and set the smoothing of every linear layer that can have one.
 
     Returns:
-        The smoothings that the layers apply themselves, by input quantizer; and how many were folded into what comes
-        before instead: after that, ``samples`` are no longer what the layers get.
+        The smoothings that the layers apply themselves, by input quantizer; and whether ``samples`` still hold: they
+        follow where a smoothing is folded into what comes before instead, as far as they can.
     """
     chosen: dict[str, Tensor] = {}
-    folded = 0
+    hold = True
     shared = shared_parameters(model)
     for group in smoothing_groups(model, flow, samples):
         scale, _ = smooth(group)
@@ -67,12 +84,23 @@ def smooth_linears(model: torch.nn.Module, flow: Flow, samples: Samples, undo: U
         source = producer(model, flow, group.layers, shared) if owned else None
         if source is not None:
             fold_into(source, group.layers.values(), scale, undo)
-            folded += 1
+            hold = _follow(model, flow, samples, group, source, scale) and hold
             continue
         for path, layer in group.layers.items():
             layer.smoothing = scale.clone()
             chosen[f"{path}.input_quantizer" if path else "input_quantizer"] = scale
-    return chosen, folded
+    return chosen, hold
+
+
+def _follow(
+    model: torch.nn.Module, flow: Flow, samples: Samples, group: SmoothingGroup, source: torch.nn.Module, scale: Tensor
+) -> bool:
+    """Let ``samples`` follow a smoothing folded into ``source``; return whether they do."""
+    linear = [site for site in flow.sites if site.operator == "linear"]
+    samples.divide_inputs([site for site in linear if site.module in group.layers], scale)
+    changed = {source, *group.layers.values()}
+    paths = {path: module for path, module in model.named_modules() if module in changed}
+    return all(samples.refer_to(site, _weight(paths[site.module])) for site in linear if site.module in paths)
 
 
 def refine_linears(model: torch.nn.Module, flow: Flow, samples: Samples, steps: Iterable[str], undo: Undo) -> None:

@@ -5,8 +5,12 @@ import torch
 from torch import nn
 
 import fastforward as ff
+from fastforward.calibration.flow import Flow, passing_through
+from fastforward.calibration.recorder import FlowRecorder
+from fastforward.calibration.samples import Samples
 from fastforward.calibration.smoothing import best_strength, divisor
-from fastforward.calibration.steps import STEPS, require_known
+from fastforward.calibration.steps import STEPS, fold_batch_norms, require_known, smooth_linears
+from fastforward.calibration.undo import Undo
 from fastforward.selection import schemes
 
 
@@ -133,6 +137,82 @@ def test_smoothing_passes_activations_that_a_positive_factor_passes(model: Activ
     assert (model.second.smoothing is None) is folds
     with ff.disable_quantization(model):
         torch.testing.assert_close(model(data[0]), expected, rtol=1e-4, atol=1e-3)
+
+
+class NormedConvolution(nn.Module):
+    """A batch norm behind a convolution without a bias, then layers that read a norm's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.batch_norm, self.rest = nn.Conv2d(1, 32, 3, bias=False), nn.BatchNorm2d(32), PreNorm(False)
+        nn.init.uniform_(self.batch_norm.weight)
+        nn.init.normal_(self.batch_norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest(torch.tanh(self.batch_norm(self.conv(x))).mean(3).transpose(1, 2))
+
+
+def recorded(model: nn.Module, data: list[torch.Tensor]) -> tuple[Flow, Samples]:
+    samples = Samples(len(data))
+    recorder = FlowRecorder(model, listener=samples)
+    with torch.no_grad(), recorder:
+        for x in data:
+            recorder.output(model(x))
+    return recorder.flow(), samples
+
+
+def test_samples_follow_what_is_folded_as_a_new_run_would() -> None:
+    torch.manual_seed(0)
+    model, data = NormedConvolution().eval().requires_grad_(False), [torch.randn(8, 1, 12, 12) for _ in range(3)]
+    ff.quantize_model(model)
+    flow, samples = recorded(model, data)
+    assert fold_batch_norms(model, flow, samples, Undo())
+    schemes.get("w8a8").apply(model, flow.governing())
+    smoothing, hold = smooth_linears(model, flow, samples, Undo())
+    assert hold
+    assert not smoothing, "it was folded into the norm"
+    with passing_through(model):
+        expected_flow, expected = recorded(model, data)
+    assert [site.place for site in flow.sites] == [site.place for site in expected_flow.sites]
+    assert flow.consumers == expected_flow.consumers
+    assert samples.calls.keys() == expected.calls.keys()
+    for number, calls in expected.calls.items():
+        for own, new in zip(samples.calls[number], calls, strict=True):
+            assert own.arguments["bias"] is not None
+            torch.testing.assert_close(own.run(), new.run())
+            torch.testing.assert_close(own.arguments["input"], new.arguments["input"])
+
+
+class OwnConvolution(nn.Conv2d):
+    """What becomes of a bias given to it later only its own code knows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, self.weight, self.bias)
+
+
+class CopyingLinear(nn.Linear):
+    """Multiplies a copy of its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.clone(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "records"),
+    [
+        (NormedConvolution(), (8, 1, 12, 12), 1),
+        (nn.Sequential(OwnConvolution(1, 4, 3, bias=False), nn.BatchNorm2d(4)), (8, 1, 12, 12), 2),
+        (nn.Sequential(CopyingLinear(8, 8), nn.BatchNorm1d(8)), (64, 8), 2),
+    ],
+    ids=["layers", "a bias of one's own", "a copied weight"],
+)
+def test_data_is_recorded_anew_only_where_samples_cannot_follow(
+    model: nn.Module, shape: tuple[int, ...], records: int
+) -> None:
+    runs = []
+    model.eval().register_forward_hook(lambda *args: runs.append(args))
+    ff.quantize(model, [torch.randn(shape) for _ in range(3)], progress=False)
+    assert len(runs) == 3 * records + 1 + 3, "recorded, looked at again with the first batch, observed"
 
 
 def test_smoothing_stays_where_an_activation_gets_other_values_too() -> None:
