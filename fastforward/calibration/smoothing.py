@@ -30,7 +30,11 @@ MARGIN = 0.9
 CLIPPED = 0.9
 """Share of the range that is tried without smoothing: what a tighter range gains takes no multiplication."""
 SEARCH_ROWS = 384
+SEARCH_CHANNELS = 2048
+"""Most output channels of a layer that are judged: they are alike, the few rows are what the error depends on."""
 _SMALLEST = 1e-5
+_AT_ONCE = 1 << 18
+"""Elements of a weight that are rounded at once: temporaries then stay in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,19 +133,33 @@ def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS)
     rows = group.rows.float()
     if rows.shape[0] < 2 * FOLDS:
         return 0.0
+    weights = {path: _judged_parts(layer) for path, layer in group.layers.items()}
     errors, clipped = dict.fromkeys(strengths, 0.0), 0.0
     bounds = torch.linspace(0, rows.shape[0], FOLDS + 1).long().tolist()
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         others = _extremes(torch.cat([rows[:start], rows[end:]]))
         held_out = rows[start:end][:: max(1, (end - start) * FOLDS // SEARCH_ROWS)]
         exact = {
-            path: torch.nn.functional.linear(held_out, layer.weight.float()) for path, layer in group.layers.items()
+            path: [torch.nn.functional.linear(held_out, part) for part in parts] for path, parts in weights.items()
         }
         for strength in strengths:
-            errors[strength] += _held_out_error(group, strength, others, held_out, exact)
-        clipped += _held_out_error(group, 0.0, _clipped(*others), held_out, exact)
+            errors[strength] += _held_out_error(group, weights, strength, others, held_out, exact)
+        clipped += _held_out_error(group, weights, 0.0, _clipped(*others), held_out, exact)
     best = min(errors, key=lambda strength: errors[strength])
     return best if errors[best] < MARGIN * min(errors.get(0.0, math.inf), clipped) else 0.0
+
+
+def _judged_parts(layer: QuantizedLinear) -> Sequence[Tensor]:
+    """The weight of output channels spread over all, float32; those of a part are rounded at once.
+
+    All in one part where the range of a channel depends on others.
+    """
+    weight, quantizer = layer.weight.detach(), layer.weight_quantizer
+    assert isinstance(quantizer, LinearQuantizer)
+    if quantizer.granularity.block_size(weight.shape)[0] > 1 or quantizer.allow_one_sided:
+        return (weight.float(),)
+    judged = weight[:: -(-len(weight) // SEARCH_CHANNELS)].float()
+    return judged.split(max(_AT_ONCE // max(judged.shape[1], 1), 1))
 
 
 def _clipped(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,10 +169,11 @@ def _clipped(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 def _held_out_error(
     group: SmoothingGroup,
+    weights: Mapping[str, Sequence[Tensor]],
     strength: float,
     others: tuple[Tensor, Tensor],
     held_out: Tensor,
-    exact: Mapping[str, Tensor],
+    exact: Mapping[str, Sequence[Tensor]],
 ) -> float:
     scale = _divisor(*others, strength)
     layer = next(iter(group.layers.values()))
@@ -162,11 +181,15 @@ def _held_out_error(
     quantized = _round_between(layer.input_quantizer, low.amin(), high.amax(), held_out / scale)
     error = 0.0
     for path, member in group.layers.items():
-        scaled = member.weight.float() * scale
-        bounds = min_max(scaled, _granularity(member.weight_quantizer))
-        weight = _round_between(member.weight_quantizer, *bounds, scaled)
-        difference = torch.nn.functional.linear(quantized, weight).sub_(exact[path])
-        error += float(difference.square_().sum() / exact[path].square().sum().clamp_min(1e-30))
+        noise = signal = 0.0
+        for part, expected in zip(weights[path], exact[path], strict=True):
+            scaled = part * scale
+            bounds = min_max(scaled, _granularity(member.weight_quantizer))
+            rounded = _round_between(member.weight_quantizer, *bounds, scaled)
+            difference = torch.nn.functional.linear(quantized, rounded).sub_(expected)
+            noise += float(difference.square_().sum())
+            signal += float(expected.square().sum())
+        error += noise / max(signal, 1e-30)
     return error
 
 
