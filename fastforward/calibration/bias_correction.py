@@ -48,7 +48,10 @@ def helpful_mean(errors: Tensor) -> Tensor:
 
     It pays where the mean of the other samples lowers the squared error of each sample left out, summed over all.
     """
-    count, mean = len(errors), errors.mean(0)
-    others = (count * mean - errors) / max(count - 1, 1)
-    gain = (others * (2 * errors - others)).sum(0)
+    count = len(errors)
+    total, squares = errors.sum(0, dtype=torch.float64), errors.square().sum(0, dtype=torch.float64)
+    # With others = (total - error) / (count - 1), the sum of others * (2 * error - others): no others are made.
+    left = max(count - 1, 1)
+    gain = 2 * (total**2 - squares) / left - ((count - 2) * total**2 + squares) / left**2
+    mean = (total / count).to(errors.dtype)
     return torch.where(gain > 0, mean, torch.zeros_like(mean))

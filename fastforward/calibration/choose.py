@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -23,12 +24,28 @@ from fastforward.nn.quantizer import Quantizer
 from fastforward.quantization.affine import Grid
 from fastforward.quantization.granularity import Granularity, PerTensor
 
-Judge = Callable[[Sequence[Callable[[Tensor], Tensor]]], int]
 MARGIN = 0.8
 """A later candidate replaces an earlier one only if it lowers the error below this share: ranges that clip look better
 on the data they were made from than on any other."""
 _JUDGED_ROWS = 128
 """Rows of each sampled call of a linear layer that errors are measured on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """A way to round a tensor: one scale and zero point on a grid."""
+
+    grid: Grid
+    scale: float
+    zero_point: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``x`` rounded."""
+        scale, zero_point = (torch.tensor(value, device=x.device) for value in (self.scale, self.zero_point))
+        return self.grid.round(x.float(), scale, zero_point).to(x.dtype)
+
+
+Judge = Callable[[Sequence[Rounding]], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +82,7 @@ class Candidates(Observer):
     """One histogram per site, several ways to read a range from it; the judge says which is taken.
 
     Args:
-        judge: Gets one quantizing function per way, and returns the number of the best; min-max is number 0.
+        judge: Gets one rounding per way, and returns the number of the best; min-max is number 0.
 
     Attributes:
         chosen: What was taken: ``"min-max"``, ``"percentile 99.99"``, ``"percentile 99.9"`` or ``"mse"``.
@@ -107,7 +124,8 @@ class Candidates(Observer):
         """The range whose rounding the judge prefers."""
         if self._range is None:
             ranges = dict(self.ranges())
-            roundings = [self._rounding(*self.grid.parameters_for_range(*bounds)) for bounds in ranges.values()]
+            parameters = (self.grid.parameters_for_range(*bounds) for bounds in ranges.values())
+            roundings = [Rounding(self.grid, *(float(value) for value in values)) for values in parameters]
             self.chosen = list(ranges)[self.judge(roundings)]
             self._range = ranges[self.chosen]
         return self._range
@@ -121,9 +139,6 @@ class Candidates(Observer):
             yield f"percentile {share}", percentile.compute_range()
         yield "mse", self.histogram.compute_range()
 
-    def _rounding(self, scale: Tensor, zero_point: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: self.grid.round(x.float(), scale, zero_point).to(x.dtype)
-
 
 def automatic(flow: Flow, samples: Samples, smoothing: Mapping[str, Tensor] | None = None) -> ObserverFactory:
     """The observer of each site when none is asked for.
@@ -134,6 +149,7 @@ def automatic(flow: Flow, samples: Samples, smoothing: Mapping[str, Tensor] | No
         smoothing: For each input quantizer whose layer divides its input, the divisor.
     """
     uses = uses_by_quantizer(flow, samples, smoothing or {})
+    judges = {id(shared): _judge(shared) for shared in uses.values()}  # one for quantizers that share their uses
 
     def make(name: str, quantizer: Quantizer) -> Observer:
         if "parameter" in quantizer.quant_metadata:
@@ -145,12 +161,12 @@ def automatic(flow: Flow, samples: Samples, smoothing: Mapping[str, Tensor] | No
             or not isinstance(quantizer.granularity, PerTensor)
         ):
             return MinMax()
-        return Candidates(_judge(uses[name]))
+        return Candidates(judges[id(uses[name])])
 
     return make
 
 
-def uses_by_quantizer(flow: Flow, samples: Samples, smoothing: Mapping[str, Tensor]) -> dict[str, list[Use]]:
+def uses_by_quantizer(flow: Flow, samples: Samples, smoothing: Mapping[str, Tensor]) -> dict[str, Sequence[Use]]:
     """For each quantizer, every sampled use of its value; quantizers that see one value share their uses."""
     own: dict[str, list[Use]] = {}
     for name, governed in flow.governed().items():
@@ -158,23 +174,32 @@ def uses_by_quantizer(flow: Flow, samples: Samples, smoothing: Mapping[str, Tens
             calls = tuple(samples.calls.get(site.number, ()))
             if calls and isinstance(calls[0].arguments.get(operand.argument), Tensor):
                 own.setdefault(name, []).append(Use(calls, operand.argument, smoothing.get(name)))
-    joint = dict(own)
+    joint: dict[str, Sequence[Use]] = dict(own)
     for group in flow.shared:
-        together = [use for name in sorted(group) for use in own.get(name, ())]
+        together = tuple(use for name in sorted(group) for use in own.get(name, ()))
         joint.update({name: together for name in group if name in own})
     return joint
 
 
 def _judge(uses: Sequence[Use]) -> Judge:
-    def best(candidates: Sequence[Callable[[Tensor], Tensor]]) -> int:
-        errors = [sum(each) for each in zip(*(use.errors(candidates) for use in uses), strict=True)]
-        found = 0
-        for number, error in enumerate(errors):
-            if error < errors[found] * MARGIN:
-                found = number
-        return found
+    known: dict[tuple[Rounding, ...], int] = {}
+
+    def best(candidates: Sequence[Rounding]) -> int:
+        key = tuple(candidates)
+        if key not in known:
+            known[key] = _least([sum(each) for each in zip(*(use.errors(key) for use in uses), strict=True)])
+        return known[key]
 
     return best
+
+
+def _least(errors: Sequence[float]) -> int:
+    """The number of the first error, or of a later one that is clearly less."""
+    found = 0
+    for number, error in enumerate(errors):
+        if error < errors[found] * MARGIN:
+            found = number
+    return found
 
 
 def _squared(x: Tensor) -> float:

@@ -73,7 +73,8 @@ def feedback(rows: Tensor, held_out: int, damping: float, *, centred: bool) -> t
     if len(rows) * _FEW <= rows.shape[1]:
         found = [_from_few(_centred(part, centred), damping) for part in (rows[held_out:], rows)]
     else:
-        found = [_from_moments(moments, damping) for moments in _second_moments(rows, held_out, centred)]
+        moments = _second_moments(rows, held_out, centred)
+        found = [_from_moments(moments.pop(0), damping) for _ in range(2)]  # each is let go of when it has served
     return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
@@ -100,16 +101,20 @@ def _centred(rows: Tensor, centred: bool) -> Tensor:
     return rows - rows.mean(0) if centred else rows
 
 
-def _second_moments(rows: Tensor, held_out: int, centred: bool) -> tuple[Tensor, Tensor]:
+def _second_moments(rows: Tensor, held_out: int, centred: bool) -> list[Tensor]:
     """``X^T X`` of the rows that are not held out, and of all, float64 ``[features, features]``."""
-    rows = rows.double()  # the spread of real features is wider than the square root of float32's precision
-    held, seen = (_centred(part, centred) for part in (rows[:held_out], rows[held_out:]))
+    rows = rows.to(torch.float64, copy=True)  # features' spread is wider than the square root of float32's precision
+    parts = held, seen = rows[:held_out], rows[held_out:]
+    means = [part.mean(0) for part in parts]
+    if centred:
+        for part, mean in zip(parts, means, strict=True):
+            part -= mean
     moments = _products(seen)
     every = _products(held).add_(moments)
     if centred:  # Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979
-        apart = rows[:held_out].mean(0) - rows[held_out:].mean(0)
+        apart = means[0] - means[1]
         every.addr_(apart, apart, alpha=len(held) * len(seen) / len(rows))
-    return moments, every
+    return [moments, every]
 
 
 def _products(rows: Tensor) -> Tensor:
@@ -132,7 +137,7 @@ def _from_moments(moments: Tensor, damping: float) -> Feedback | None:
     average, added = float(moments.diagonal().mean()), 0.0
     order = _order(moments.diagonal())
     backwards = order.flip(0)  # read backwards, a lower factor is an upper one
-    moments = moments[backwards][:, backwards]
+    moments = moments[backwards[:, None], backwards]
     while average > 0 and damping <= _LARGEST_DAMPING:
         moments.diagonal().add_((damping - added) * average)
         added = damping

@@ -49,4 +49,4 @@ def linear_inputs(model: torch.nn.Module, flow: Flow, samples: Samples) -> Itera
     rows = sampled_rows(flow, samples)
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and path in rows and not module.weight_quantizer.is_stub():
-            yield LinearInputs(path, module, rows[path])
+            yield LinearInputs(path, module, torch.cat(rows[path]))

@@ -143,7 +143,9 @@ def _first_of_batch(names: tuple[str, ...]) -> Cut:
             return dict(arguments) if _numel(arguments) <= room else None
         batch = int(lead.shape[0])
         keep = min(batch, room * batch // max(_numel(arguments), 1))
-        if keep < 1 or lead.dim() < 3:
+        weight = arguments.get("weight")
+        without_batch = lead.dim() < 3 or (isinstance(weight, Tensor) and lead.dim() < weight.dim())
+        if keep < 1 or without_batch:
             return dict(arguments) if _numel(arguments) <= room else None
         return {
             name: value[:keep].clone()

@@ -50,7 +50,7 @@ class SmoothingGroup:
     rows: Tensor
 
 
-def smoothing_groups(model: torch.nn.Module, flow: Flow, samples: Samples) -> list[SmoothingGroup]:
+def smoothing_groups(model: torch.nn.Module, flow: Flow, samples: Samples) -> Iterator[SmoothingGroup]:
     """The groups of layers that can be smoothed: a static quantizer per tensor on the input, and a sample of it."""
     rows = sampled_rows(flow, samples)
     layers = {
@@ -60,15 +60,13 @@ def smoothing_groups(model: torch.nn.Module, flow: Flow, samples: Samples) -> li
     }
     together = [group for group in flow.shared if all(name in layers for name in group)]
     alone = [frozenset({name}) for name in layers if not any(name in group for group in flow.shared)]
-    found = []
     for group in (*together, *alone):
         members = dict(layers[name] for name in sorted(group))
-        found.append(SmoothingGroup(members, rows[next(iter(members))]))
-    return found
+        yield SmoothingGroup(members, torch.cat(rows[next(iter(members))]))
 
 
-def sampled_rows(flow: Flow, samples: Samples) -> dict[str, Tensor]:
-    """By module path, the sampled inputs of every linear layer that runs at one site only."""
+def sampled_rows(flow: Flow, samples: Samples) -> dict[str, list[Tensor]]:
+    """By module path, the sampled inputs of every linear layer that runs at one site only: ``[rows, in]`` a call."""
     found: dict[str, list[Tensor]] = {}
     runs: dict[str, int] = {}
     for site in flow.sites:
@@ -76,7 +74,7 @@ def sampled_rows(flow: Flow, samples: Samples) -> dict[str, Tensor]:
             runs[site.module] = runs.get(site.module, 0) + 1
             calls = samples.calls.get(site.number, ())
             found.setdefault(site.module, []).extend(call.arguments["input"] for call in calls)
-    return {path: torch.cat(blocks) for path, blocks in found.items() if blocks and runs[path] == 1}
+    return {path: blocks for path, blocks in found.items() if blocks and runs[path] == 1}
 
 
 def _smoothable(layer: QuantizedLinear) -> bool:
@@ -139,17 +137,29 @@ def best_strength(group: SmoothingGroup, strengths: Sequence[float] = STRENGTHS)
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         others = _extremes(torch.cat([rows[:start], rows[end:]]))
         held_out = rows[start:end][:: max(1, (end - start) * FOLDS // SEARCH_ROWS)]
-        exact = {
-            path: [torch.nn.functional.linear(held_out, part) for part in parts] for path, parts in weights.items()
-        }
+        exact = {path: _Exact.of(held_out, parts) for path, parts in weights.items()}
         for strength in strengths:
-            errors[strength] += _held_out_error(group, weights, strength, others, held_out, exact)
-        clipped += _held_out_error(group, weights, 0.0, _clipped(*others), held_out, exact)
+            errors[strength] += _held_out_error(group, strength, others, held_out, exact)
+        clipped += _held_out_error(group, 0.0, _clipped(*others), held_out, exact)
     best = min(errors, key=lambda strength: errors[strength])
     return best if errors[best] < MARGIN * min(errors.get(0.0, math.inf), clipped) else 0.0
 
 
-def _judged_parts(layer: QuantizedLinear) -> Sequence[Tensor]:
+@dataclasses.dataclass(frozen=True)
+class _Exact:
+    """What a float layer makes of some rows: parts of its weight, their products with the rows, their squares' sum."""
+
+    parts: tuple[Tensor, ...]
+    products: tuple[Tensor, ...]
+    squares: float
+
+    @classmethod
+    def of(cls, rows: Tensor, parts: tuple[Tensor, ...]) -> "_Exact":
+        products = tuple(torch.nn.functional.linear(rows, part) for part in parts)
+        return cls(parts, products, sum(float(product.square().sum()) for product in products))
+
+
+def _judged_parts(layer: QuantizedLinear) -> tuple[Tensor, ...]:
     """The weight of output channels spread over all, float32; those of a part are rounded at once.
 
     All in one part where the range of a channel depends on others.
@@ -159,7 +169,7 @@ def _judged_parts(layer: QuantizedLinear) -> Sequence[Tensor]:
     if quantizer.granularity.block_size(weight.shape)[0] > 1 or quantizer.allow_one_sided:
         return (weight.float(),)
     judged = weight[:: -(-len(weight) // SEARCH_CHANNELS)].float()
-    return judged.split(max(_AT_ONCE // max(judged.shape[1], 1), 1))
+    return torch.split(judged, max(_AT_ONCE // max(judged.shape[1], 1), 1))
 
 
 def _clipped(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,11 +179,10 @@ def _clipped(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 def _held_out_error(
     group: SmoothingGroup,
-    weights: Mapping[str, Sequence[Tensor]],
     strength: float,
     others: tuple[Tensor, Tensor],
     held_out: Tensor,
-    exact: Mapping[str, Sequence[Tensor]],
+    exact: Mapping[str, _Exact],
 ) -> float:
     scale = _divisor(*others, strength)
     layer = next(iter(group.layers.values()))
@@ -181,15 +190,13 @@ def _held_out_error(
     quantized = _round_between(layer.input_quantizer, low.amin(), high.amax(), held_out / scale)
     error = 0.0
     for path, member in group.layers.items():
-        noise = signal = 0.0
-        for part, expected in zip(weights[path], exact[path], strict=True):
+        squares = 0.0
+        for part, product in zip(exact[path].parts, exact[path].products, strict=True):
             scaled = part * scale
             bounds = min_max(scaled, _granularity(member.weight_quantizer))
             rounded = _round_between(member.weight_quantizer, *bounds, scaled)
-            difference = torch.nn.functional.linear(quantized, rounded).sub_(expected)
-            noise += float(difference.square_().sum())
-            signal += float(expected.square().sum())
-        error += noise / max(signal, 1e-30)
+            squares += float(torch.nn.functional.linear(quantized, rounded).sub_(product).square_().sum())
+        error += squares / max(exact[path].squares, 1e-30)
     return error
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastforward as ff
-from fastforward.calibration.choose import Candidates, automatic
+from fastforward.calibration.choose import Candidates, Use, automatic
 from fastforward.calibration.flow import in_eval_mode
 from fastforward.calibration.min_max import MinMax
 from fastforward.calibration.recorder import FlowRecorder
@@ -63,6 +63,25 @@ def test_a_candidate_that_is_hardly_better_does_not_replace_min_max() -> None:
     assert next(o for o in observers.values() if isinstance(o, Candidates)).chosen == "min-max"
 
 
+def test_layers_that_share_an_input_are_judged_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(16, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.relu(x)
+            return self.q(h) + self.k(h) * self.v(h)
+
+    judged = []
+    errors = Use.errors
+    monkeypatch.setattr(Use, "errors", lambda use, candidates: judged.append(use) or errors(use, candidates))
+    model = Three()
+    ff.quantize(model, [torch.randn(64, 16) for _ in range(2)], progress=False)
+    assert len(judged) == 3
+    assert torch.equal(model.q.input_quantizer.scale, model.v.input_quantizer.scale)
+
+
 def test_candidates_merge_as_if_one_had_seen_all() -> None:
     first, second, both = (Candidates(lambda roundings: 0) for _ in range(3))
     a, b = torch.tensor([0.0, 1.0]), torch.tensor([-3.0, 0.5])
@@ -109,3 +128,14 @@ def test_a_sampled_call_computes_what_the_operator_computed() -> None:
         expected = model(x)
     (calls,) = samples.calls.values()
     torch.testing.assert_close(calls[0].run(), expected)
+
+
+@pytest.mark.parametrize(("shape", "kept"), [((8, 3, 10, 10), [2]), ((3, 20, 20), []), ((3, 5, 5), [3])], ids=str)
+def test_of_large_inputs_entries_of_the_batch_are_sampled_and_never_channels(
+    shape: tuple[int, ...], kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastforward.calibration.samples.ELEMENTS", 2 * 700)
+    samples, layer = Samples(), nn.Conv2d(3, 4, 3)
+    with FlowRecorder(ff.quantize_model(layer), listener=samples):
+        layer(torch.randn(shape))
+    assert [len(call.arguments["input"]) for calls in samples.calls.values() for call in calls] == kept
