@@ -98,8 +98,8 @@ def rounded_on_grid(weight: Tensor, known: Feedback, quantizer: object) -> Tenso
     """
     assert isinstance(quantizer, LinearQuantizer)
     rounding = _rounding_of_lines(quantizer, weight.shape, known.order)
-    # One input feature a line, so that each step reads consecutive memory.
-    lines = weight.t()[known.order]
+    # One input feature a line, so that each step reads consecutive memory; transposed first, which whole lines follow.
+    lines = weight.t().contiguous()[known.order]
     start, caused = 0, None
     for block in known.blocks:
         end = start + len(block.within)
@@ -140,7 +140,7 @@ def _rounding_of_lines(
     """How the input features ``order`` of a weight of ``shape`` are rounded, ``[out]`` each."""
     spread = (
         quantizer.granularity.spread(parameter.detach(), shape)
-        for parameter in (quantizer.scale, quantizer.rounded_zero_point())
+        for parameter in (quantizer.scale, quantizer.rounded_zero_point().float())
     )
     groups = [parameter.reshape(parameter.shape[0], -1).t().contiguous().unbind() for parameter in spread]
     size = shape[1] // len(groups[0])
