@@ -21,7 +21,7 @@ from fastforward.autoquant.optable import OperatorTable
 from fastforward.autoquant.patterns import apply_rules
 from fastforward.autoquant.recompile import Engine, _clone_in_place, resolver
 from fastforward.autoquant.sites import Site, name_sites, nested_name
-from fastforward.autoquant.source import FunctionNode, locate, qualname
+from fastforward.autoquant.source import FunctionNode, locate
 from fastforward.autoquant.unknown import arguments, unknown_operators
 from fastforward.autoquant.verbatim import Unresolved
 from fastforward.exceptions import AutoquantError
@@ -210,7 +210,7 @@ class Graph:
         if "STORE_GLOBAL" in {instruction.opname for instruction in dis.get_instructions(code)}:
             reason = "assigns globals of its module"
         if reason:
-            where = f"{code.co_filename}:{code.co_firstlineno}: {qualname(code)}"
+            where = f"{code.co_filename}:{code.co_firstlineno}: {function.__qualname__}"
             msg = f"{where}: {reason} and cannot be written as text"
             raise AutoquantError(msg)
 
