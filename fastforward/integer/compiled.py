@@ -35,7 +35,7 @@ F = torch.nn.functional
 ON_GRID, ATTENTION = ops_chain.ROUND_TO_GRID, ops_chain.ATTENTION_OF_INTEGERS
 _MOVES = frozenset(
     {
-        *("view", "reshape", "flatten", "transpose", "permute", "roll"),
+        *("view", "reshape", "flatten", "transpose", "permute", "contiguous", "roll"),
         *(torch.flatten, torch.transpose, torch.permute, torch.roll),
     }
 )

@@ -235,6 +235,18 @@ def _permute(func: Any, input: Any, *dims: Any) -> Any:
     return _move(input, lambda x: x.permute(order), tuple(input._shape[dim] for dim in order), strided=True)
 
 
+@method("contiguous")
+def _contiguous(func: Any, input: Any, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+    if memory_format is not torch.contiguous_format:
+        return NotImplemented
+    if not input._strided:
+        return input
+    copy = _move(input, lambda x: x.contiguous(), tuple(input._shape))
+    if copy is not NotImplemented:
+        copy._strided = False
+    return copy
+
+
 @rule(torch.roll, Tensor.roll)
 def _roll(func: Any, input: Any, shifts: Any, dims: Any = ()) -> Any:
     return _move(input, lambda x: torch.roll(x, shifts, dims), tuple(input._shape))

@@ -159,7 +159,7 @@ def test_a_result_used_twice_is_right_both_times() -> None:
         assert _equal_up_to_a_step(expected, outputs(model, example))
 
 
-@pytest.mark.parametrize("through", ["view", "reshape", "flatten", "kept view"])
+@pytest.mark.parametrize("through", ["view", "reshape", "flatten", "kept view", "contiguous", "laid out anew"])
 def test_an_in_place_operator_reaches_earlier_views_as_in_torch(through: str) -> None:
     torch.manual_seed(0)
     example = torch.randn(8, 32)
@@ -168,6 +168,8 @@ def test_an_in_place_operator_reaches_earlier_views_as_in_torch(through: str) ->
         "reshape": lambda y: y.reshape(4, -1),
         "flatten": lambda y: torch.flatten(y),
         "kept view": lambda y: y.view(2, 4, 16),
+        "contiguous": lambda y: y.contiguous(),
+        "laid out anew": lambda y: y.t().contiguous(),
     }[through]
 
     def forward(self: Net, x: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,11 @@ def _rolled(self: Any, x: torch.Tensor) -> torch.Tensor:
     return F.linear(y.transpose(1, 2).reshape(-1, 6, WIDTH).roll(1, 0), self.w)
 
 
+def _laid_out(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = x.tanh().transpose(0, 1).contiguous()
+    return F.linear(y.contiguous().view(-1, WIDTH), self.w)
+
+
 def _loop(self: Any, x: torch.Tensor) -> torch.Tensor:
     for _ in range(3):
         x = F.linear(F.linear(x, self.w, self.b).tanh(), self.v)
@@ -99,6 +104,7 @@ FORMS = (
     _addmm,
     _halves,
     _rolled,
+    _laid_out,
     _loop,
 )
 
@@ -357,6 +363,7 @@ COMPILED = {
     "addmm": 1,
     "halves": 2,
     "rolled": 1,
+    "laid_out": 1,
     "loop": 6,
     "attention, self": 2,
     "attention, sequence first": 2,
