@@ -1,6 +1,7 @@
 """A kernel and its launch, compiled for a target without a GPU, and what can be read from the result."""
 
 import dataclasses
+import inspect
 import pathlib
 import re
 import subprocess
@@ -19,6 +20,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+TAKES_POSITIONS = "constexprs" in inspect.signature(ASTSource.__init__).parameters
+"""Whether this Triton is told of arguments by their positions, as 3.3 and later are; 3.2 takes other descriptions."""
 NVIDIA_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

@@ -155,7 +155,7 @@ def test_compiles_into_one_graph_forward_and_backward():
 
 @pytest.mark.slow
 def test_export_keeps_each_operator_one_node():
-    exported = torch.export.export(Program(), (X,))
+    exported = torch.export.export(Program(), (X,), strict=False)
     targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     kernels = [target.split(".")[1] for target in targets if target.startswith(NAMESPACE)]
     assert kernels == ["fake_quantize", "quantize", "int8_linear", "fake_quantize_float8"]

@@ -37,7 +37,10 @@ def run(*command):
 def verdicts():
     done = run(str(pathlib.Path(__file__).with_name("planted_faults.py")))
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    if not found:
+        pytest.skip("this Triton is older than 3.3, whose compiler the check calls")
+    return found
 
 
 @pytest.mark.slow
@@ -55,6 +58,8 @@ def test_sound_kernels_pass(verdicts):
 def test_the_command_reports_and_refuses():
     script = str(ROOT / "kernels" / "check_offline.py")
     done = run(script, "--target", "sm_90", "--only", "apply mask")
+    if "older than 3.3" in done.stdout:
+        pytest.skip(done.stdout)
     assert done.returncode == 0 and "1 kernels compiled" in done.stdout
     nothing = run(script, "--target", "sm_90", "--only", "no such kernel")
     assert nothing.returncode == 1
