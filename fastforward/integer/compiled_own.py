@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from fastforward_kernels import ops_chain
+from fastforward_kernels.int_mm import TAKES_UINT8
 from torch.fx import Graph, Node
 
 from fastforward.integer.compiled_products import LINEAR, bound, plain_product, value_of
@@ -50,6 +51,11 @@ class OwnProduct:
         """The number of output channels."""
         return int(value_of(self.weight).shape[self.axis])
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether oneDNN keeps the weight packed, with its tensor; one that is computed would be packed in each call."""
+        return self.axis == 0 and self.weight.args[0].op in ("placeholder", "get_attr")  # type: ignore[union-attr]
+
     def multiplied(self, codes: Node, step: Any, zero_point: Any) -> Node:
         """The product of codes on the grid of ``step`` and ``zero_point``, in place of the operator."""
         graph, (integers, scale) = self.node.graph, self.weight.args
@@ -58,9 +64,7 @@ class OwnProduct:
         shift = graph.call_function(operator.mul, (graph.call_function(SUMS, (integers, 1 - self.axis)), zero_point))
         negative = graph.call_function(operator.neg, (graph.call_function(operator.mul, (shift, factor)),))
         bias = negative if self.bias is None else graph.call_function(operator.add, (negative, self.bias))
-        # What oneDNN packs is kept with the tensor. One that is computed would be packed in each call, which takes
-        # longer than most products.
-        if self.axis == 0 and integers.op in ("placeholder", "get_attr"):  # type: ignore[union-attr]
+        if self.is_packed:
             return graph.call_function(LINEAR, (codes, integers, factor, bias, "none"))
         columns = graph.call_method("t", (integers,)) if self.axis == 0 else integers
         sizes = value_of(self.weight).shape[1 - self.axis], _sizes(graph, value_of(self.node), codes)
@@ -85,7 +89,8 @@ def own_product(node: Node) -> OwnProduct | None:
     if not isinstance(weight, Node) or weight.target is not WEIGHT:
         return None
     product = OwnProduct(node, input, bias, weight, turns, (len(turns) + (not by_rows)) % 2)
-    return product if _is_per_channel(product) else None
+    # Where torch's plain product takes no uint8, it needs sums of the weight that torch 2.6 cannot compile.
+    return product if _is_per_channel(product) and (product.is_packed or TAKES_UINT8) else None
 
 
 def _is_per_channel(product: OwnProduct) -> bool:
