@@ -53,7 +53,7 @@ class OwnProduct:
 
     @property
     def is_packed(self) -> bool:
-        """Whether oneDNN keeps the weight packed, with its tensor; one that is computed would be packed in each call."""
+        """Whether oneDNN keeps the weight packed, with its tensor; a computed one would be packed in each call."""
         return self.axis == 0 and self.weight.args[0].op in ("placeholder", "get_attr")  # type: ignore[union-attr]
 
     def multiplied(self, codes: Node, step: Any, zero_point: Any) -> Node:
