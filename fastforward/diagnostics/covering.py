@@ -17,6 +17,7 @@ from fastforward.calibration.flow import Flow, Operand, Site, eager, in_eval_mod
 from fastforward.calibration.recorder import FlowRecorder
 from fastforward.diagnostics.table import html_table, text_table
 from fastforward.exceptions import QuantizationError
+from fastforward.integer.explaining import FLOAT_WINS
 from fastforward.integer.layer import IntegerLayer
 from fastforward.integer.own_weights import rounding_of
 from fastforward.integer.packed_linear import PackedLinear
@@ -208,6 +209,12 @@ def _read(module: torch.nn.Module, flow: Flow) -> bool:
     return any(id(parameter) in flow.parameters for parameter in module.parameters(recurse=False))
 
 
+def _chose_floats(module: Any) -> bool:
+    """Whether a layer has an integer form but computes in floats, as measured."""
+    has_integers = isinstance(module, IntegerLayer) or getattr(module, "holds_integers", False)
+    return has_integers and integer_operator(module) is None
+
+
 def integer_operator(module: torch.nn.Module) -> str | None:
     """The operator that an integer layer computes; ``None`` for any other module."""
     if isinstance(module, IntegerLayer):
@@ -226,6 +233,8 @@ def _state(site: Site, modules: dict[str, torch.nn.Module], outside: bool) -> tu
         return "float", "input stays float; the weight is stored as integers"
     if site.integer:
         return "integer", ""
+    if _chose_floats(modules.get(site.module)):
+        return "float", FLOAT_WINS
     if not site.operands:
         why = "outside any site: no stub sees its result" if outside else ""
         return "float", why

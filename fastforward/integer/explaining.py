@@ -19,7 +19,7 @@ _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum
 _NORMS = (QuantizedLayerNorm, QuantizedRMSNorm, QuantizedGroupNorm)
 # kernels/benchmarks/layers.py --neighbours measures it.
 _ELEMENTWISE = "normalizes floats: from integers to integers it takes several times as long on CPUs"
-_FLOAT_WINS = "float is faster here for the shapes measured"
+FLOAT_WINS = "float is faster here for the shapes measured"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _links(model: torch.nn.Module) -> Iterator[Link]:
         elif getattr(module, "holds_integers", False):
             operator, source, result, kernel = module.chain_link()
             if kernel == "float":
-                yield Link(path, operator, reason=_FLOAT_WINS)
+                yield Link(path, operator, reason=FLOAT_WINS)
             else:
                 yield Link(path, operator, source, result, kernel=kernel)
         elif isinstance(module, QuantizedModule):
@@ -133,7 +133,7 @@ def _integer_link(path: str, layer: IntegerLayer, operator: str = "") -> Link:
     record = layer.record
     name = operator or type(layer).__name__.removeprefix("Integer").lower()
     if record.kernel == "float":
-        return Link(path, name, reason=_FLOAT_WINS)
+        return Link(path, name, reason=FLOAT_WINS)
     ran = record.kernel or _NEVER_RAN
     return Link(path, name, record.source or _NEVER_RAN, record.result or _NEVER_RAN, record.fused, ran)
 

@@ -6,6 +6,7 @@ from torch import nn
 
 import fastforward as ff
 from fastforward.diagnostics.covering import CoverageRow
+from fastforward.integer import explaining, linear, measured
 
 
 class Half(nn.Module):
@@ -102,6 +103,15 @@ def test_integer_layers_are_reported_as_integer() -> None:
     assert found.integer_share == 1.0
     assert [row.macs for row in found.multiplying] == [row.macs for row in simulated.multiplying]
     assert {row.operator for row in found.multiplying} == {"conv2d", "linear"}
+
+
+def test_layers_that_float_is_faster_for_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (linear, measured):
+        monkeypatch.setattr(module, "fastest", lambda ways, *_: [way() for way in ways.values()] and "float")
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).eval(), torch.randn(2, 3, 8, 8)
+    ff.convert(ff.quantize(model, [x], progress=False), example_inputs=x)
+    rows = ff.coverage(model, x).multiplying
+    assert [(row.mode, row.reason) for row in rows] == [("float", explaining.FLOAT_WINS)] * 2
 
 
 def test_layers_with_integer_weights_alone_count_their_work_as_float() -> None:
