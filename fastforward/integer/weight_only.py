@@ -94,8 +94,8 @@ class WeightOnlyLinear(MeasuredRows):
         return ("int4", "unpacked") if self._unpacks else ("int4",)
 
     def default_kernel(self, rows: int) -> str:
-        many = rows >= _MANY_ROWS and self.backend not in self.kernels()
-        return "unpacked" if many and "unpacked" in self.kernels() else super().default_kernel(rows)
+        unpacks = self._unpacks and rows >= _MANY_ROWS and self.backend not in self.kernels()
+        return "unpacked" if unpacks else super().default_kernel(rows)
 
     def by_kernel(self, input: torch.Tensor, kernel: str) -> torch.Tensor:
         """As :meth:`MeasuredRows.by_kernel`.
